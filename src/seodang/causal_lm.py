@@ -1,0 +1,211 @@
+"""A causal language model from a local directory, seen as a body and an output head.
+
+Teachers, students and baselines all pass through here, so that no part of Seodang ever builds a
+(batch, length, vocabulary) tensor: the body gives hidden states, the head is applied by the
+caller to as many rows as it can hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from seodang.artifact import canonical_json, sha256_bytes, sha256_file
+from seodang.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TokenIds = npt.NDArray[np.int32]
+
+LOGITS_BYTES = 64 * 2**20  # of one chunk of logits: large enough for the product, small for memory
+FORWARD_TOKENS = 2048  # of one padded forward pass
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from printing progress bars and advice between our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def default_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory; raises ``InputError`` if there is none."""
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    if not (directory / "tokenizer.json").is_file():
+        raise InputError(
+            f"{directory}: no tokenizer.json; a teacher needs its own tokenizer "
+            "(save it there with `tokenizer.save_pretrained`)"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises plain Exception on a broken file
+        raise InputError(f"{directory}: the tokenizer cannot be read: {error}") from None
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides how text becomes ids: the tokenizer's JSON and chat template."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend.pop("padding", None)
+    backend.pop("truncation", None)
+    return sha256_bytes(canonical_json([backend, tokenizer.chat_template]))
+
+
+def model_fingerprint(directory: Path) -> str:
+    """The identity of a model: SHA-256 over config.json and the weight files."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file in files]))
+
+
+class CausalLM:
+    """A loaded model with its tokenizer, in evaluation mode and float32.
+
+    ``body`` maps ids to last hidden states, ``head_VH`` and ``bias_V`` map those to logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.body: Any = model.base_model
+        self.device = model.device
+
+    @classmethod
+    def load(cls, directory: Path | str, device: torch.device | None = None) -> CausalLM:
+        """Load a Hugging Face directory: safetensors only, no code from it, no network.
+
+        Raises ``InputError`` if the directory is not a causal language model with weights and
+        tokenizer, if the tokenizer knows ids that the model does not, or if the logits are not a
+        linear function of the last hidden states.
+        """
+        from transformers import AutoModelForCausalLM
+
+        directory = Path(directory)
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory}: no config.json; name a Hugging Face model directory")
+        tokenizer = load_tokenizer(directory)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{directory}: the model cannot be loaded: {reason}") from None
+        model = model.to(device or default_device()).eval()
+        loaded = cls(model, tokenizer)
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= loaded.vocab_size:
+            raise InputError(
+                f"{directory}: the tokenizer has ids up to {largest}, the model only "
+                f"{loaded.vocab_size} outputs: they do not belong together"
+            )
+        loaded._check_head_is_linear(directory)
+        return loaded
+
+    @property
+    def head_VH(self) -> torch.Tensor:  # noqa: N802
+        """The output embedding, (vocabulary, hidden)."""
+        weight = self.model.get_output_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def bias_V(self) -> torch.Tensor | None:  # noqa: N802
+        """The output bias, (vocabulary,), or None."""
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return bias
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of outputs of the head (the tokenizer may know fewer)."""
+        return int(self.head_VH.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _check_head_is_linear(self, directory: Path) -> None:
+        ids = torch.arange(min(8, self.vocab_size), device=self.device)[None]
+        with torch.inference_mode():
+            expected = self.model(ids).logits[0].float()
+            found = self.logits(self.body(ids, use_cache=False).last_hidden_state[0])
+        if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
+            raise InputError(
+                f"{directory}: this architecture transforms its logits after the output head "
+                "(soft-capping or scaling), which is not supported"
+            )
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, vocabulary) of hidden states (rows, hidden)."""
+        return torch.nn.functional.linear(hidden_NH, self.head_VH, self.bias_V).float()
+
+    def log_probs(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities in nats, (rows, vocabulary) float32."""
+        return torch.log_softmax(self.logits(hidden_NH), dim=-1)
+
+    def hidden_states(self, sequences: Sequence[TokenIds]) -> list[torch.Tensor]:
+        """Last hidden states of each sequence, (length, hidden), from one padded forward pass.
+
+        Padding stands on the right, where a causal model cannot see it.
+        """
+        ids = pad(sequences).to(self.device)
+        with torch.inference_mode():
+            hidden_BTH = self.body(ids, use_cache=False).last_hidden_state
+        return [hidden_BTH[i, : len(s)] for i, s in enumerate(sequences)]
+
+
+def pad(sequences: Sequence[TokenIds]) -> torch.Tensor:
+    """Sequences as one int64 tensor (number, longest), zeros on the right."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    return ids
+
+
+def row_chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of ``rows`` so that one chunk of float32 logits stays below ``LOGITS_BYTES``."""
+    step = max(1, LOGITS_BYTES // (4 * vocab_size))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int = FORWARD_TOKENS) -> list[list[int]]:
+    """Indices grouped into batches of similar length, each at most ``max_tokens`` when padded.
+
+    A sequence longer than ``max_tokens`` stands alone. The grouping depends on nothing else.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

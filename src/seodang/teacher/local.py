@@ -1,0 +1,118 @@
+"""The teacher as a local Hugging Face directory, whether it was one or came inside a package.
+
+A package that holds a GGUF file is read through transformers once and kept in the cache as
+safetensors, an artifact like every other.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+
+from seodang.artifact import Artifact, Source, begin
+from seodang.causal_lm import quiet_transformers
+from seodang.errors import InputError
+from seodang.packages import PackagePin, cache_directory, find_fetched, open_package
+from seodang.progress import say
+from seodang.recipe import TeacherConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def teacher_config(name: str) -> TeacherConfig:
+    """The configuration of a teacher named on the command line: a directory or ``package:NAME``.
+
+    Raises ``InputError`` if it is neither.
+    """
+    if name.startswith("package:"):
+        pin = find_fetched(name.removeprefix("package:"))
+        return TeacherConfig(package=pin.package, version=pin.version, sha256=pin.sha256)
+    if not Path(name).is_dir():
+        raise InputError(f"teacher {name}: no such directory (a package is named package:NAME)")
+    return TeacherConfig(path=str(Path(name).resolve()))
+
+
+def teacher_source(config: TeacherConfig) -> Source:
+    """The teacher as it appears among the sources of what is made from it."""
+    pin = config.pin()
+    if pin is not None:
+        return Source(
+            name=pin.package,
+            version=pin.version,
+            sha256=pin.sha256,
+            license=config.license or "see the package",
+        )
+    assert config.path is not None
+    return Source(name=Path(config.path).name, license=config.license or "not stated")
+
+
+def teacher_directory(config: TeacherConfig) -> Path:
+    """The teacher's Hugging Face directory; a packaged one is converted on first use.
+
+    Raises ``InputError`` if the package was not fetched or holds no single GGUF file.
+    """
+    pin = config.pin()
+    if pin is None:
+        assert config.path is not None
+        return Path(config.path)
+    folder = cache_directory() / "teachers" / f"{pin.package}-{pin.version}-{pin.sha256[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        draft = begin(folder, "teacher", {"package": str(pin)}, {"archive": pin.sha256})
+        if isinstance(draft, Artifact):
+            return folder
+        say(f"Reading the teacher {pin} (once; kept in {folder.parent})")
+        _convert(pin, draft.path)
+        source = teacher_source(config)
+        draft.finish(sources=[source])
+    return folder
+
+
+def _convert(pin: PackagePin, target: Path) -> None:
+    """Read the package's GGUF through transformers and save it as safetensors in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    with open_package(pin) as package, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        members = package.matching("*.gguf")
+        if len(members) != 1:
+            raise InputError(f"package {pin}: {len(members)} GGUF files; a teacher needs one")
+        name = "teacher.gguf"
+        package.extract(members[0], Path(folder) / name)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        _repair_pre_tokenizer(tokenizer, Path(folder) / name)
+    # A model read from GGUF refuses to be saved while its config says it is quantized.
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = ""
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(target)
+    for name in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(target)
+
+
+def _repair_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Restore what the conversion to a tokenizer loses: SmolLM splits digits one by one.
+
+    llama.cpp's `smollm` pre-tokenizer isolates every digit before the byte-level split; without
+    it some numbers would get other ids than the teacher was trained on.
+    """
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
