@@ -1,0 +1,266 @@
+"""The corpus stage: a recipe's sources to documents and token sequences.
+
+    from seodang.corpus.build import build, read_sequences
+    corpus = build(recipe.corpus, tokenizer, fingerprint, Path("runs/demo/corpus"))
+    train = read_sequences(corpus.path, "train")
+
+Sources are read, exact duplicates dropped and near-duplicates clustered. The clusters are taken
+in the order of their digests. A budget (``max_tokens`` of a source, ``train_tokens``,
+``held_out_tokens``) takes documents in that order until it is met: the last one may go beyond it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seodang.artifact import Artifact, Source, begin
+from seodang.corpus.documents import Document
+from seodang.corpus.readers import read_source, source_digest
+from seodang.corpus.sequences import TokenSequence, tokenize
+from seodang.corpus.split import Cluster, Side, clusters, split, without_duplicates
+from seodang.errors import InputError
+from seodang.progress import say, track
+from seodang.recipe import CorpusConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS = "documents.jsonl"
+SEQUENCES = "sequences.parquet"
+
+_Dropped = dict[str, Counter[str]]
+"""How many documents of a source were dropped, by reason."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A document with its windows and the digest of its cluster."""
+
+    document: Document
+    cluster: str
+    sequences: list[TokenSequence]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def labelled_tokens(self) -> int:
+        return sum(len(sequence.labelled) for sequence in self.sequences)
+
+
+def build(
+    config: CorpusConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_fingerprint: str,
+    out: Path,
+) -> Artifact:
+    """Make the corpus artifact at ``out``, or open it if it is there already.
+
+    Raises ``InputError`` for sources that cannot be read (see ``read_source``), conversations
+    that the chat template cannot take (see ``tokenize``), and a corpus that is empty or too small
+    to split.
+    """
+    names = [source.name for source in config.sources]
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"corpus.sources: several have the name {repeated[0]!r}; rename one")
+    inputs = {f"source:{source.name}": source_digest(source) for source in config.sources}
+    inputs["tokenizer"] = tokenizer_fingerprint
+    draft = begin(out, "corpus", _portable(config), inputs)
+    if isinstance(draft, Artifact):
+        return draft
+
+    dropped: _Dropped = {name: Counter() for name in names}
+    groups = clusters(_distinct(config, dropped), config.near_duplicate)
+    entries = _tokenize(groups, tokenizer, config, dropped)
+    if not entries:
+        reasons = "; ".join(f"{name!r}: {_listed(dropped[name])}" for name in names)
+        raise InputError(f"the corpus is empty, no source gives a usable document ({reasons})")
+    kept = {entry.cluster for entry in entries}
+    sides = split([group for group in groups if group.digest in kept], config.held_out)
+    taken = _within_budgets(entries, sides, config, dropped)
+
+    lines = [json.dumps(_line(e, sides[e.cluster]), ensure_ascii=False) + "\n" for e in taken]
+    (out / DOCUMENTS).write_text("".join(lines), encoding="utf-8", newline="\n")
+    _write_sequences(taken, sides, out / SEQUENCES)
+    sources = [_source(source, inputs[f"source:{source.name}"], taken) for source in config.sources]
+    for source in sources:
+        if not source.documents:
+            say(f"corpus: the source {source.name!r} gave nothing: {_listed(dropped[source.name])}")
+    summary = _summary(taken, sides, dropped)
+    say(
+        "corpus: {train:,} documents to train on, {held_out:,} held out; ".format(
+            **summary["documents"]
+        )
+        + "{train:,} and {held_out:,} tokens; ".format(**summary["tokens"])
+        + f"dropped: {_listed(summary['dropped'])}"
+    )
+    return draft.finish(sources=sources, summary=summary)
+
+
+def read_documents(corpus: Path, side: Side | None = None) -> list[dict[str, Any]]:
+    """The documents of a corpus artifact (of one ``side`` of the split) as in documents.jsonl."""
+    Artifact.open(corpus, "corpus")
+    with (corpus / DOCUMENTS).open(encoding="utf-8") as file:
+        documents = [json.loads(line) for line in file]
+    return [document for document in documents if side in (None, document["split"])]
+
+
+def read_sequences(corpus: Path, side: Side) -> list[TokenSequence]:
+    """The sequences of one side of a corpus artifact, documents in the order of documents.jsonl."""
+    import pyarrow.parquet as pq
+
+    Artifact.open(corpus, "corpus")
+    table = pq.read_table(corpus / SEQUENCES, filters=[("split", "=", side)])
+    arrays = ([row.values.to_numpy() for row in table[name]] for name in ("token_ids", "labelled"))
+    documents = table["document_id"].to_pylist()
+    return [TokenSequence(*row) for row in zip(documents, *arrays, strict=True)]
+
+
+def _portable(config: CorpusConfig) -> dict[str, Any]:
+    """The config without this machine's folders."""
+    dumped = config.model_dump()
+    for source in dumped["sources"]:
+        if source["path"] is not None:
+            source["path"] = Path(source["path"]).name
+    return dumped
+
+
+def _distinct(config: CorpusConfig, dropped: _Dropped) -> list[Document]:
+    """The usable documents of all sources, exact duplicates once."""
+    read = list(_usable(config, dropped))
+    distinct = without_duplicates(read)
+    repeated = Counter(d.source for d in read) - Counter(d.source for d in distinct)
+    for source, count in repeated.items():
+        dropped[source]["exact duplicate"] = count
+    return distinct
+
+
+def _usable(config: CorpusConfig, dropped: _Dropped) -> Iterator[Document]:
+    for source in config.sources:
+        for document in read_source(source, config.max_document_bytes):
+            if not document.content.strip():
+                dropped[source.name]["empty"] += 1
+            elif document.messages is not None and not any(
+                message["role"] == "assistant" and message["content"]
+                for message in document.messages
+            ):
+                dropped[source.name]["without an answer"] += 1
+            else:
+                yield document
+
+
+def _tokenize(
+    groups: list[Cluster],
+    tokenizer: PreTrainedTokenizerBase,
+    config: CorpusConfig,
+    dropped: _Dropped,
+) -> list[_Entry]:
+    """The documents with their windows, those of each source until its budget is met."""
+    budgets = {source.name: source.max_tokens or math.inf for source in config.sources}
+    used: Counter[str] = Counter()
+    entries = []
+    documents = [(group.digest, document) for group in groups for document in group.documents]
+    with track("Corpus", len(documents), "documents") as advance:
+        for cluster, document in documents:
+            advance(1)
+            source = document.source
+            if used[source] >= budgets[source]:
+                dropped[source]["beyond a token budget"] += 1
+                continue
+            windows = tokenize(document, tokenizer, config.max_length)
+            windows = [window for window in windows if len(window.token_ids) >= 2]
+            if not windows:
+                dropped[source]["shorter than two tokens"] += 1
+                continue
+            entries.append(_Entry(document, cluster, windows))
+            used[source] += entries[-1].tokens
+    return entries
+
+
+def _within_budgets(
+    entries: list[_Entry], sides: dict[str, Side], config: CorpusConfig, dropped: _Dropped
+) -> list[_Entry]:
+    """The documents of each side until its budget is met."""
+    budgets = {"train": config.train_tokens, "held_out": config.held_out_tokens}
+    used: Counter[str] = Counter()
+    taken = []
+    for entry in entries:
+        side = sides[entry.cluster]
+        if used[side] < (budgets[side] or math.inf):
+            used[side] += entry.tokens
+            taken.append(entry)
+        else:
+            dropped[entry.document.source]["beyond a token budget"] += 1
+    return taken
+
+
+def _source(source: SourceConfig, sha256: str, entries: list[_Entry]) -> Source:
+    """A source as the manifest and the cards name it, with what was taken of it."""
+    own = [entry for entry in entries if entry.document.source == source.name]
+    return Source(
+        name=source.name,
+        license=source.license,
+        version=str(source.pin()) if source.package else None,
+        sha256=sha256,
+        attribution=source.attribution,
+        documents=len(own),
+        tokens=sum(entry.tokens for entry in own),
+    )
+
+
+def _line(entry: _Entry, side: Side) -> dict[str, Any]:
+    document = entry.document
+    return {
+        "id": document.id,
+        "source": document.source,
+        "license": document.license,
+        "split": side,
+        "cluster": entry.cluster[:16],
+        "tokens": entry.tokens,
+        "origin": document.origin,
+        **document.body,
+    }
+
+
+def _write_sequences(entries: list[_Entry], sides: dict[str, Side], file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [(sides[entry.cluster], window) for entry in entries for window in entry.sequences]
+    columns = {
+        "document_id": pa.array([window.document_id for _, window in rows], pa.string()),
+        "split": pa.array([side for side, _ in rows], pa.string()),
+        "digest": pa.array([window.digest for _, window in rows], pa.string()),
+        "token_ids": pa.array([window.token_ids for _, window in rows], pa.list_(pa.int32())),
+        "labelled": pa.array([window.labelled for _, window in rows], pa.list_(pa.int32())),
+    }
+    pq.write_table(pa.table(columns), file, compression="zstd")
+
+
+def _summary(
+    entries: list[_Entry], sides: dict[str, Side], dropped: _Dropped
+) -> dict[str, dict[str, int]]:
+    def total(measure: Callable[[_Entry], int]) -> dict[str, int]:
+        return {
+            side: sum(measure(entry) for entry in entries if sides[entry.cluster] == side)
+            for side in ("train", "held_out")
+        }
+
+    return {
+        "documents": total(lambda entry: 1),
+        "tokens": total(lambda entry: entry.tokens),
+        "labelled_tokens": total(lambda entry: entry.labelled_tokens),
+        "dropped": dict(sum(dropped.values(), Counter())),
+    }
+
+
+def _listed(counts: dict[str, int]) -> str:
+    """Reasons and counts in words."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "nothing"
