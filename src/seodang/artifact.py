@@ -95,7 +95,31 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _files_below(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file() or path.is_symlink())
+    return sorted(path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _half_written(name: str) -> bool:
+    """Whether a file is what a killed writer left: ``write_atomically``, or safetensors."""
+    return name.endswith(".tmp") or name.startswith(".tmp")
+
+
+def _read_object(data: bytes) -> dict[str, Any]:
+    """A JSON object; empty if ``data`` is none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _refuse_newer_schema(file: Path, data: bytes) -> None:
+    """Say so before a newer schema's fields are called wrong."""
+    version = _read_object(data).get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{file}: schema version {version}; this Seodang reads up to {SCHEMA_VERSION}: "
+            "install a newer one"
+        )
 
 
 class Artifact:
@@ -117,7 +141,9 @@ class Artifact:
         if not path.is_dir():
             raise InputError(f"{path}: no such directory")
         try:
-            manifest = Manifest.model_validate_json(file.read_bytes())
+            data = file.read_bytes()
+            _refuse_newer_schema(file, data)
+            manifest = Manifest.model_validate_json(data)
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no {MANIFEST}, so this is not a finished artifact; "
@@ -127,11 +153,6 @@ class Artifact:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole file"
             raise InputError(f"{file}: {where}: {first['msg']}") from None
-        if manifest.schema_version > SCHEMA_VERSION:
-            raise InputError(
-                f"{file}: schema version {manifest.schema_version}; this Seodang reads up to "
-                f"{SCHEMA_VERSION}: install a newer one"
-            )
         if kind is not None and manifest.kind != kind:
             raise InputError(f"{path}: this is a {manifest.kind!r} artifact, not {kind!r}")
         return cls(path, manifest)
@@ -158,8 +179,8 @@ class Artifact:
             file = self.path / name
             if name not in present:
                 problems.append(f"{name}: missing")
-            elif file.is_symlink():
-                problems.append(f"{name}: a link, not a file")
+            elif file.is_symlink() or not file.is_file():
+                problems.append(f"{name}: a link or device, not a file")
             elif file.stat().st_size != entry.size:
                 problems.append(f"{name}: {file.stat().st_size} bytes, manifest says {entry.size}")
             elif sha256_file(file) != entry.sha256:
@@ -223,7 +244,7 @@ class Draft:
         for file in _files_below(self.path):
             relative = file.relative_to(self.path)
             name = relative.as_posix()
-            if name not in skip and relative.parts[0] not in skip:
+            if not ({name, relative.parts[0]} & skip or _half_written(file.name)):
                 files.append(
                     FileEntry(
                         path=name,
@@ -263,12 +284,14 @@ def begin(
     A draft that an earlier, stopped run left for the same kind, config and inputs is handed back
     with its files. A finished or unfinished artifact of another config is replaced.
 
-    Raises ``InputError`` if ``path`` holds files that Seodang did not write.
+    Raises ``InputError`` if ``path`` holds files that Seodang did not write, or an artifact of
+    another kind, finished or not.
     """
     path = Path(path)
     config = json.loads(canonical_json(config))
     key = stage_key(kind, config, inputs)
     draft = Draft(path, kind, config, inputs)
+    work = path / WORK
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; name a directory")
     if (path / MANIFEST).exists():
@@ -279,22 +302,23 @@ def begin(
                 f"{path}: holds a {found.kind!r} artifact, not {kind!r}; choose another directory"
             )
         if stage_key(found.kind, found.config, found.inputs) == key:
-            if (path / WORK).exists():
+            if work.exists():
                 _clean_up(artifact)
             return artifact
         # Without its manifest an artifact is unfinished, so a crash from here on is harmless.
-        write_atomically(path / WORK, b"{}")
+        work.write_bytes(b"")
         (path / MANIFEST).unlink()
-    elif path.exists() and any(path.iterdir()) and not (path / WORK).exists():
+    elif path.exists() and any(path.iterdir()) and not work.exists():
         raise InputError(f"{path}: not empty and not made by Seodang; choose another directory")
     path.mkdir(parents=True, exist_ok=True)
-    work = path / WORK
-    try:
-        same = json.loads(work.read_bytes()).get("key") == key
-    except (FileNotFoundError, ValueError):
-        same = False
-    if not same:
-        write_atomically(work, b"{}")
+    started = _read_object(work.read_bytes()) if work.exists() else {}
+    if started.get("kind", kind) != kind:
+        raise InputError(
+            f"{path}: holds an unfinished {started['kind']!r} artifact, not {kind!r}; "
+            "choose another directory, or delete this one"
+        )
+    if started.get("key") != key:
+        work.write_bytes(b"")  # an empty one belongs to no config, so a crash here is harmless too
         for child in path.iterdir():
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)

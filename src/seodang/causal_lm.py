@@ -100,27 +100,43 @@ class CausalLM:
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: no config.json; name a Hugging Face model directory")
         tokenizer = load_tokenizer(directory)
+        loaded: Any
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in words
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # broken files raise nearly anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{directory}: the model cannot be loaded: {reason}") from None
+        model, report = loaded
+        # What is missing or does not fit was drawn at random by transformers.
+        if unfit := sorted(report["mismatched_keys"]):
+            name, stored, wanted = unfit[0]
+            raise InputError(
+                f"{directory}: the weights do not fit config.json: {name} has the shape "
+                f"{tuple(stored)}, not {tuple(wanted)}"
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(
+                f"{directory}: {len(missing)} weights are missing from the files, "
+                f"the first is {missing[0]}"
+            )
         model = model.to(device or default_device()).eval()
-        loaded = cls(model, tokenizer)
-        largest = max(tokenizer.get_vocab().values())
-        if largest >= loaded.vocab_size:
+        found = cls(model, tokenizer)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        if largest >= found.vocab_size:
             raise InputError(
                 f"{directory}: the tokenizer has ids up to {largest}, the model only "
-                f"{loaded.vocab_size} outputs: they do not belong together"
+                f"{found.vocab_size} outputs: they do not belong together"
             )
-        loaded._check_head_is_linear(directory)
-        return loaded
+        found._check_head_is_linear(directory)
+        return found
 
     @property
     def head_VH(self) -> torch.Tensor:  # noqa: N802

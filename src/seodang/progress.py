@@ -20,7 +20,7 @@ def console() -> Console:
     if _console is None:
         from rich.console import Console
 
-        _console = Console(stderr=True, soft_wrap=True)
+        _console = Console(stderr=True, soft_wrap=True, emoji=False)  # :100: is a line
     return _console
 
 

@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import difflib
 import glob
+import reprlib
+import string
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from seodang.errors import InputError
-from seodang.packages import PackagePin
+from seodang.packages import PackageName, PackagePin, PackageVersion, Sha256
+
+MAX_BYTES = 256 * 1024  # of a recipe file
+MAX_VALUES = 100_000  # in it, aliases followed
+MAX_ERRORS = 20  # shown at once
 
 EstimatorName = Literal["top-k", "residual", "sampled", "head-tail"]
 Layout = Literal["fast", "small"]
@@ -22,17 +36,32 @@ Quantization = Literal["f32", "f16", "bf16", "q8_0"]
 BaselineName = Literal["untrained", "cross_entropy"]
 
 
+def _check_template(template: str) -> str:
+    """Refuse what is not text with ``{field}`` in it (``{{`` and ``}}`` stand for braces)."""
+    for _, field, form, conversion in string.Formatter().parse(template):
+        if field == "":
+            raise ValueError("{} names no field: write {field}, or {{}} for the braces themselves")
+        if conversion not in (None, "a", "r", "s"):
+            raise ValueError(f"unknown conversion !{conversion} in a template")
+        if form:
+            _check_template(form)
+    return template
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
+
+
 class Section(BaseModel):
     """A part of the recipe: unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Message(Section):
     """One turn of a chat; ``content`` may name fields of the record in braces."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Template
 
 
 class SourceConfig(Section):
@@ -42,12 +71,12 @@ class SourceConfig(Section):
     license: str
     attribution: str | None = None
     path: str | None = Field(None, description="file or pattern, relative to the recipe")
-    package: str | None = None
-    version: str | None = None
-    sha256: str | None = None
+    package: PackageName | None = None
+    version: PackageVersion | None = None
+    sha256: Sha256 | None = None
     files: list[str] = Field([], description="patterns of members of the package")
     records: str | None = Field(None, description="dotted path to the list of records")
-    text: str | None = Field(None, description="template of a plain document, {field} in braces")
+    text: Template | None = Field(None, description="template of a text, {field} in braces")
     messages: list[Message] | None = Field(None, description="template of a chat document")
     turns: bool = Field(False, description="a record is a list of turns, user first")
     max_tokens: int | None = Field(None, gt=0, description="take about this many tokens at most")
@@ -62,7 +91,6 @@ class SourceConfig(Section):
             raise ValueError("`version`, `sha256` and `files` belong to a `package`")
         if sum((self.text is not None, self.messages is not None, self.turns)) > 1:
             raise ValueError("name at most one of `text`, `messages` and `turns`")
-        self.pin()
         return self
 
     def pin(self) -> PackagePin | None:
@@ -92,9 +120,9 @@ class TeacherConfig(Section):
     """A local Hugging Face directory (``path``), or a pinned ``package`` that holds a model."""
 
     path: str | None = None
-    package: str | None = None
-    version: str | None = None
-    sha256: str | None = None
+    package: PackageName | None = None
+    version: PackageVersion | None = None
+    sha256: Sha256 | None = None
     license: str | None = None
 
     @model_validator(mode="after")
@@ -103,7 +131,6 @@ class TeacherConfig(Section):
             raise ValueError("name exactly one of `path` and `package`")
         if self.package is not None and not (self.version and self.sha256):
             raise ValueError("a package needs `version` and `sha256`")
-        self.pin()
         return self
 
     def pin(self) -> PackagePin | None:
@@ -207,6 +234,7 @@ class ReleaseConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     license: str
     description: str = ""
+    languages: list[str] = Field([], description="ISO 639 codes, for the model card")
     quantizations: list[Quantization] = ["f16", "q8_0"]
     parity_positions: int = Field(
         48, gt=0, description="held-out positions at which GGUF and PyTorch are compared"
@@ -236,34 +264,59 @@ _Path = tuple[str | int, ...]
 
 
 class _Reader:
-    """YAML to plain values, remembering the line of every key; refuses cycles and repeated keys."""
+    """YAML to plain values, remembering the line of every key and what ``--set`` has changed.
+
+    Refuses cycles, repeated keys and aliases that multiply each other.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.lines: dict[_Path, int] = {}
+        self.overrides: dict[_Path, str] = {}
+        self._scalars = yaml.SafeLoader("")
         self._open: set[int] = set()
         self._values = 0
 
     def where(self, path: _Path) -> str:
-        """``file:line`` of the nearest key at or above ``path``."""
+        """``file:line`` of the nearest key at or above ``path``, or the ``--set`` that wrote it."""
+        given = [s for key, s in self.overrides.items() if path[: len(key)] == key]
+        if not given and path not in self.lines:
+            given = [s for key, s in self.overrides.items() if key[: len(path)] == path]
+        if given and path:
+            return given[-1]
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.file}:{self.lines.get(path, 1)}"
 
-    def read(self, node: yaml.Node, path: _Path = ()) -> Any:
+    def parse(self, text: str) -> Any:
+        """The value that a YAML text holds; raises ``InputError`` with file and line."""
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            return None if node is None else self._read(node, ())
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise InputError(f"{self.file}:{line}: not valid YAML: {error.problem}") from None
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            code = f"U+{ord(text[error.position]):04X}"
+            raise InputError(f"{self.file}:{line}: holds the control character {code}") from None
+        except RecursionError:
+            raise InputError(f"{self.file}: nested too deeply") from None
+
+    def _read(self, node: yaml.Node, path: _Path) -> Any:
         line = node.start_mark.line + 1
         self.lines.setdefault(path, line)
         self._values += 1
         if id(node) in self._open:
             raise InputError(f"{self.file}:{line}: an anchor contains itself (a cycle)")
-        if self._values > 100_000:
+        if self._values > MAX_VALUES:
             raise InputError(f"{self.file}:{line}: too many values: aliases multiply each other")
         if isinstance(node, yaml.ScalarNode):
-            return yaml.SafeLoader("").construct_object(node)
+            return self._scalar(node, line)
         self._open.add(id(node))
         value: Any
         if isinstance(node, yaml.SequenceNode):
-            value = [self.read(child, (*path, i)) for i, child in enumerate(node.value)]
+            value = [self._read(child, (*path, i)) for i, child in enumerate(node.value)]
         else:
             assert isinstance(node, yaml.MappingNode)
             value = {}
@@ -275,9 +328,17 @@ class _Reader:
                 if key in value:
                     raise InputError(f"{self.file}:{key_line}: the key `{key}` stands here twice")
                 self.lines[(*path, key)] = key_line
-                value[key] = self.read(child, (*path, key))
+                value[key] = self._read(child, (*path, key))
         self._open.discard(id(node))
         return value
+
+    def _scalar(self, node: yaml.ScalarNode, line: int) -> Any:
+        try:
+            return self._scalars.construct_object(node)
+        except (ValueError, LookupError, AttributeError):  # such as 2026-13-01, or !!int x
+            kind = node.tag.rpartition(":")[2]
+            shown = reprlib.repr(node.value)
+            raise InputError(f"{self.file}:{line}: {shown} is not a valid {kind}") from None
 
 
 def _keys_at(path: _Path) -> list[str]:
@@ -296,28 +357,32 @@ def _keys_at(path: _Path) -> list[str]:
     return []
 
 
-def _explain(error: ValidationError, reader: _Reader, overrides: dict[_Path, str]) -> str:
+def _explain(error: ValidationError, reader: _Reader) -> str:
     lines = []
-    for item in error.errors():
-        path: _Path = item["loc"]
+    for item in error.errors()[:MAX_ERRORS]:
+        path: _Path = tuple(part for part in item["loc"] if part != "[key]")
         dotted = ".".join(str(part) for part in path)
-        where = overrides.get(path) or reader.where(path)
+        where = reader.where(path)
         if item["type"] == "extra_forbidden":
             known = _keys_at(path[:-1])
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
             lines.append(f"{where}: unknown key `{dotted}`; nearest valid key: `{near[0]}`")
         elif item["type"] == "missing":
             lines.append(f"{where}: the key `{dotted}` is missing")
+        elif item["type"] == "model_type":
+            keys = ", ".join(_keys_at(path))
+            lines.append(f"{where}: `{dotted}` must be a section with the keys {keys}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            at = f"`{dotted}`: " if dotted else ""
             given = item["input"]
-            shown = "" if isinstance(given, dict | list | BaseModel) else f" (found {given!r})"
-            lines.append(f"{where}: {at}{message}{shown}")
+            shown = "" if isinstance(given, dict | list) else f" (found {reprlib.repr(given)})"
+            lines.append(f"{where}: `{dotted}`: {message}{shown}")
+    if error.error_count() > MAX_ERRORS:
+        lines.append(f"and {error.error_count() - MAX_ERRORS} more")
     return "\n".join(lines)
 
 
-def _override(data: Any, text: str, overrides: dict[_Path, str]) -> None:
+def _override(data: Any, text: str, reader: _Reader) -> None:
     dotted, equals, raw = text.partition("=")
     if not equals or not dotted:
         raise InputError(f"--set {text}: write it as section.key=value")
@@ -327,7 +392,7 @@ def _override(data: Any, text: str, overrides: dict[_Path, str]) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if part not in [str(index) for index in range(len(target))]:
                 raise InputError(f"--set {text}: `{part}` is not an index below {len(target)}")
             key: str | int = int(part)
         elif isinstance(target, dict):
@@ -339,12 +404,12 @@ def _override(data: Any, text: str, overrides: dict[_Path, str]) -> None:
         path.append(key)
         if last:
             try:
-                target[key] = yaml.safe_load(raw)
-            except yaml.YAMLError:
+                target[key] = _Reader(reader.file).parse(raw)
+            except InputError:
                 raise InputError(f"--set {text}: the value is not valid YAML") from None
         else:
             target = target[key]
-    overrides[tuple(path)] = f"--set {text}"
+    reader.overrides[tuple(path)] = f"--set {text}"
 
 
 def load_recipe(file: Path | str, settings: list[str] | None = None) -> Recipe:
@@ -354,60 +419,74 @@ def load_recipe(file: Path | str, settings: list[str] | None = None) -> Recipe:
     file, line, key and the nearest valid key for whatever is wrong.
     """
     file = Path(file)
+    reader = _Reader(file)
+    data = reader.parse(_read_text(file))
+    if not isinstance(data, dict):
+        raise InputError(f"{file}:1: a recipe is a mapping of sections; this is not one")
+    for setting in settings or []:
+        _override(data, setting, reader)
     try:
-        text = file.read_bytes().decode("utf-8")
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_explain(error, reader)) from None
+    _refuse_repeated_names(recipe, reader)
+    return _resolve_paths(recipe, reader)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputError(f"{file}: no such recipe") from None
     except IsADirectoryError:
         raise InputError(f"{file}: is a directory; name the recipe file") from None
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{file}: more than {MAX_BYTES:,} bytes; this is not a recipe")
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{file}:{line}: not UTF-8: {error.reason}") from None
-    reader = _Reader(file)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"{file}:1: a recipe is a mapping of sections; this is not one")
-        data = reader.read(node)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{file}:{line}: not valid YAML: {error.problem}") from None
-    except RecursionError:
-        raise InputError(f"{file}: nested too deeply") from None
-    overrides: dict[_Path, str] = {}
-    for setting in settings or []:
-        _override(data, setting, overrides)
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise InputError(_explain(error, reader, overrides)) from None
-    return _resolve_paths(recipe, file, reader, overrides)
 
 
-def _resolve_paths(
-    recipe: Recipe, file: Path, reader: _Reader, overrides: dict[_Path, str]
-) -> Recipe:
+def _refuse_repeated_names(recipe: Recipe, reader: _Reader) -> None:
+    first: dict[str, int] = {}
+    for i, source in enumerate(recipe.corpus.sources):
+        if first.setdefault(source.name, i) != i:
+            where = reader.where(("corpus", "sources", i, "name"))
+            raise InputError(f"{where}: the name {source.name!r} is another source's; rename one")
+
+
+def _resolve_paths(recipe: Recipe, reader: _Reader) -> Recipe:
     """Make paths absolute and refuse those that lead nowhere."""
-    folder = file.resolve().parent
+    folder = reader.file.resolve().parent
 
-    def resolve(value: str, path: _Path) -> str:
-        target = str(folder / Path(value).expanduser())
-        if not glob.glob(target, recursive=True):
-            where = overrides.get(path) or reader.where(path)
-            dotted = ".".join(str(part) for part in path)
-            raise InputError(f"{where}: `{dotted}`: no file at {value} (looked for {target})")
-        return target
+    def resolve(value: str, path: _Path) -> tuple[Path, str]:
+        """The path itself, and the pattern that finds what it names."""
+        given = Path(value)
+        with suppress(RuntimeError):  # a ~user that is not known here
+            given = given.expanduser()
+        literal = folder / given
+        for pattern in (glob.escape(str(literal)), str(Path(glob.escape(str(folder))) / given)):
+            if next(glob.iglob(pattern, recursive=True), None) is not None:
+                return literal, pattern
+        dotted = ".".join(str(part) for part in path)
+        raise InputError(
+            f"{reader.where(path)}: `{dotted}`: no file at {value} (looked for {literal})"
+        )
 
     sources = [
         source
         if source.path is None
         else source.model_copy(
-            update={"path": resolve(source.path, ("corpus", "sources", i, "path"))}
+            update={"path": resolve(source.path, ("corpus", "sources", i, "path"))[1]}
         )
         for i, source in enumerate(recipe.corpus.sources)
     ]
     teacher = recipe.teacher
     if teacher.path is not None:
-        teacher = teacher.model_copy(update={"path": resolve(teacher.path, ("teacher", "path"))})
+        target = str(resolve(teacher.path, ("teacher", "path"))[0])
+        teacher = teacher.model_copy(update={"path": target})
     corpus = recipe.corpus.model_copy(update={"sources": sources})
     return recipe.model_copy(update={"corpus": corpus, "teacher": teacher})

