@@ -111,7 +111,13 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
     baseline = stage(
         "cross-entropy",
         lambda path: train(
-            store, teacher, recipe.student, path, objective="cross-entropy", sources=sources
+            store,
+            teacher,
+            recipe.student,
+            path,
+            objective="cross-entropy",
+            layers=student.manifest.summary["kept_layers"],
+            sources=sources,
         ),
     )
     evaluation = stage(

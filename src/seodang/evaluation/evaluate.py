@@ -41,7 +41,6 @@ def evaluate(
     config = {
         "evaluation": recipe.evaluation.model_dump(),
         "gate": recipe.gate.model_dump(),
-        "layers": recipe.student.layers,
     }
     inputs = {
         "teacher": model_fingerprint(teacher),
@@ -54,7 +53,8 @@ def evaluate(
         return draft
 
     reference = CausalLM.load(teacher)
-    untrained = depth_pruned(teacher, recipe.student.layers).to(reference.device).eval()
+    start = depth_pruned(teacher, student.manifest.summary["kept_layers"])
+    untrained = start.to(reference.device).eval()
     models = {
         "student": CausalLM.load(student.path),
         "cross_entropy": CausalLM.load(cross_entropy.path),
@@ -81,7 +81,12 @@ def evaluate(
         metrics=metrics,
         curves={"student": read_log(student), "cross_entropy": read_log(cross_entropy)},
         samples=answers,
-        provenance=[_provenance(a) for a in (corpus, soft_labels, student, cross_entropy)],
+        provenance=[
+            _provenance("corpus", corpus),
+            _provenance("soft labels", soft_labels),
+            _provenance("student", student),
+            _provenance("cross-entropy student (baseline)", cross_entropy),
+        ],
     )
     write_atomically(draft.path / REPORT, page.encode())
     summary = {"gate_passed": metrics["gate"]["passed"], **metrics["held_out"]}
@@ -101,10 +106,10 @@ def read_log(student: Artifact) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (student.path / LOG).read_text().splitlines()]
 
 
-def _provenance(artifact: Artifact) -> dict[str, Any]:
+def _provenance(name: str, artifact: Artifact) -> dict[str, Any]:
     manifest = artifact.manifest
     return {
-        "kind": manifest.kind,
+        "kind": name,
         "digest": artifact.digest,
         "config": manifest.config,
         "inputs": manifest.inputs,

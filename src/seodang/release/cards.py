@@ -35,6 +35,8 @@ def front_matter(facts: Facts) -> dict[str, Any]:
     Source: https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """
     card = gguf_metadata(facts.config)
+    if facts.config.languages:
+        card["language"] = facts.config.languages
     if not facts.config.quantizations:
         card["tags"].remove("gguf")
     return {

@@ -16,30 +16,29 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from seodang.artifact import Artifact, Source, begin
+from seodang.artifact import Artifact, Source, begin, write_atomically
 from seodang.causal_lm import (
     default_device,
     load_tokenizer,
     model_fingerprint,
-    pad,
     tokenizer_fingerprint,
 )
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say, track
 from seodang.recipe import StudentConfig
-from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore, check_tokens
+from seodang.softlabels.store import SoftLabelStore, check_tokens
 from seodang.student import checkpoint
-from seodang.student.initialise import depth_pruned
-from seodang.student.losses import IGNORE, LossTerms, sparse_kd_terms
+from seodang.student.batch import Objective, batch_loss
+from seodang.student.initialise import choose_layers, depth_pruned
 
-Objective = Literal["soft-labels", "cross-entropy"]
 CHECKPOINTS = "checkpoints"
 LOG = "training.jsonl"
+START = "start.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,12 +55,14 @@ def train(
     out: Path,
     *,
     objective: Objective = "soft-labels",
+    layers: Sequence[int] | None = None,
     sources: Sequence[Source] = (),
 ) -> Artifact:
     """Train a depth-pruned student of ``teacher`` on ``store``; resumes what ``out`` holds.
 
     ``objective`` "cross-entropy" trains the same start on the same batches by the observed tokens
-    alone: the baseline that distillation must beat.
+    alone: the baseline that distillation must beat. ``layers`` of the teacher to keep; None
+    chooses them by :func:`seodang.student.initialise.choose_layers`.
 
     Raises ``InputError`` if the store was made with another tokenizer or its tokens were changed,
     ``WorkFailed`` if the loss stops being finite.
@@ -69,7 +70,11 @@ def train(
     tokenizer = load_tokenizer(teacher)
     store.check_tokenizer(tokenizer_fingerprint(tokenizer))
     inputs = {"soft_labels": store.artifact.digest, "start": model_fingerprint(teacher)}
-    used = {**config.model_dump(exclude={"checkpoint_steps"}), "objective": objective}
+    used = {
+        **config.model_dump(exclude={"checkpoint_steps"}),
+        "objective": objective,
+        "kept_layers": None if layers is None else list(layers),
+    }
     draft = begin(out, "student", used, inputs)
     if isinstance(draft, Artifact):
         return draft
@@ -81,9 +86,14 @@ def train(
     lengths = [len(sequence.token_ids) for sequence in sequences]
     batches = plan_batches(lengths, config.batch_tokens, config.epochs, config.seed)
 
+    start = draft.path / START
+    if not start.exists():
+        kept = choose_layers(teacher, store, config.layers) if layers is None else list(layers)
+        write_atomically(start, json.dumps({"kept_layers": kept}).encode() + b"\n")
+    kept = json.loads(start.read_bytes())["kept_layers"]
     device = default_device()
     torch.manual_seed(config.seed)
-    model = depth_pruned(teacher, config.layers).to(device).train()
+    model = depth_pruned(teacher, kept).to(device).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -141,47 +151,12 @@ def train(
         if (teacher / file).is_file():
             shutil.copyfile(teacher / file, draft.path / file)
     summary = {
+        "kept_layers": kept,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": len(batches),
         "tokens": sum(tokens),
     }
     return draft.finish(sources=sources, summary=summary, temporary=[CHECKPOINTS])
-
-
-def batch_loss(
-    model: Any, batch: Sequence[SoftLabelSequence], objective: Objective, ce_weight: float
-) -> LossTerms:
-    """The loss of one batch; the head sees labelled positions only."""
-    device = model.device
-    ids = pad([sequence.token_ids for sequence in batch]).to(device)
-    hidden_BTH = model.base_model(ids, use_cache=False).last_hidden_state
-    rows = np.concatenate([np.full(len(s.labelled), i) for i, s in enumerate(batch)])
-    columns = np.concatenate([s.labelled for s in batch])
-    hidden_NH = hidden_BTH[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)]
-    targets = np.concatenate([observed_tokens(s) for s in batch])
-    counts = np.concatenate([np.diff(s.offsets)[s.labelled] for s in batch])
-    entry_ids = np.concatenate([s.ids for s in batch])
-    entry_weights = np.concatenate([s.weights for s in batch])
-    if objective == "cross-entropy":
-        counts, entry_ids, entry_weights = counts * 0, entry_ids[:0], entry_weights[:0]
-        ce_weight = 1.0
-    head = model.get_output_embeddings()
-    return sparse_kd_terms(
-        hidden_NH,
-        head.weight,
-        torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])).to(device),
-        torch.from_numpy(entry_ids).to(device),
-        torch.from_numpy(entry_weights).to(device),
-        cross_entropy_targets=torch.from_numpy(targets).to(device),
-        cross_entropy_weight=ce_weight,
-        bias=getattr(head, "bias", None),
-    )
-
-
-def observed_tokens(sequence: SoftLabelSequence) -> np.ndarray:
-    """The token that follows each labelled position, (L,) int64; -100 after the last token."""
-    following = np.append(sequence.token_ids[1:], IGNORE).astype(np.int64)
-    return following[sequence.labelled]
 
 
 def plan_batches(
