@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def model_fingerprint(directory: Path) -> str:
     """The identity of a model: SHA-256 over config.json and the weight files."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file in files]))
+    return _fingerprint(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@lru_cache
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash weights once in a process, unless they change meanwhile."""
+    return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file, _, _ in files]))
 
 
 class CausalLM:

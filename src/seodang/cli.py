@@ -311,9 +311,17 @@ def labels_verify(
     store: Annotated[Path, typer.Argument(help="Directory of the store.")], as_json: AsJson = False
 ) -> None:
     """Check every file, token and weight of a store; exit 1 if something is wrong."""
+    from seodang.artifact import Artifact
     from seodang.softlabels.store import open as open_store
 
-    report_problems(store, open_store(store).verify(), as_json)
+    artifact = Artifact.open(store, "soft-labels")
+    try:
+        problems = open_store(store).verify()
+    except Exception:  # a damaged file may not even open
+        problems = artifact.verify()
+        if not problems:
+            raise
+    report_problems(store, problems, as_json)
 
 
 @labels_app.command("show")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import re
 import reprlib
 import string
 from contextlib import suppress
@@ -263,6 +264,17 @@ class Recipe(Section):
 _Path = tuple[str | int, ...]
 
 
+class _Loader(yaml.SafeLoader):
+    """With YAML 1.2's floats: PyYAML alone reads 1e-3, which has no dot, as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
 class _Reader:
     """YAML to plain values, remembering the line of every key and what ``--set`` has changed.
 
@@ -273,7 +285,7 @@ class _Reader:
         self.file = file
         self.lines: dict[_Path, int] = {}
         self.overrides: dict[_Path, str] = {}
-        self._scalars = yaml.SafeLoader("")
+        self._scalars = _Loader("")
         self._open: set[int] = set()
         self._values = 0
 
@@ -291,7 +303,7 @@ class _Reader:
     def parse(self, text: str) -> Any:
         """The value that a YAML text holds; raises ``InputError`` with file and line."""
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            node = yaml.compose(text, Loader=_Loader)
             return None if node is None else self._read(node, ())
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1

@@ -95,7 +95,10 @@ def train(
     torch.manual_seed(config.seed)
     model = depth_pruned(teacher, kept).to(device).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     checkpoints = draft.path / CHECKPOINTS
     step = checkpoint.load(checkpoints, model, optimizer)
