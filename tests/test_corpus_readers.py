@@ -213,7 +213,7 @@ BAD_FILES = {
         {"text": "{title.__class__}"},
         "no field 'title.__class__'",
     ),
-    "broken template": ("a.json", '[{"title": "x"}]', {"text": "{title"}, "is not valid"),
+    "broken template": ("a.json", '[{"title": "x"}]', {"text": "{title:d}"}, "is not valid"),
 }
 
 

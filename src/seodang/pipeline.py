@@ -161,7 +161,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
             raise InputError(
                 f"{out}: belongs to the recipe {owner!r}, not {recipe.name!r}; choose another --out"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and {child.name for child in out.iterdir()} - {"signing.key", "signing.pub"}:
         raise InputError(f"{out}: not empty and not a run of Seodang; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(note, recipe.model_dump_json(indent=1).encode() + b"\n")

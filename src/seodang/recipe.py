@@ -1,20 +1,13 @@
-"""The typed recipe: one YAML file that says everything a run does.
+"""The typed recipe: everything a run does, checked before any work starts.
 
-Whatever is wrong in it is reported before any work starts, with file, line and key.
+:mod:`seodang.recipe_file` reads it from YAML and says where what is wrong stands.
 """
 
 from __future__ import annotations
 
-import difflib
-import glob
-import re
-import reprlib
 import string
-from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -26,10 +19,6 @@ from pydantic import (
 
 from seodang.errors import InputError
 from seodang.packages import PackageName, PackagePin, PackageVersion, Sha256
-
-MAX_BYTES = 256 * 1024  # of a recipe file
-MAX_VALUES = 100_000  # in it, aliases followed
-MAX_ERRORS = 20  # shown at once
 
 EstimatorName = Literal["top-k", "residual", "sampled", "head-tail"]
 Layout = Literal["fast", "small"]
@@ -62,15 +51,15 @@ class Message(Section):
     """One turn of a chat; ``content`` may name fields of the record in braces."""
 
     role: Literal["system", "user", "assistant"]
-    content: Template
+    content: Template = Field(description="may name fields of the record in braces")
 
 
 class SourceConfig(Section):
     """Where documents come from: files of this machine (``path``) or of a pinned ``package``."""
 
-    name: str
-    license: str
-    attribution: str | None = None
+    name: str = Field(description="how it is called on cards and in errors")
+    license: str = Field(description="SPDX expression, or LicenseRef-...")
+    attribution: str | None = Field(None, description="whom the licence wants named")
     path: str | None = Field(None, description="file or pattern, relative to the recipe")
     package: PackageName | None = None
     version: PackageVersion | None = None
@@ -113,18 +102,22 @@ class CorpusConfig(Section):
     )
     max_length: int = Field(512, ge=2, description="tokens of a sequence, at most")
     max_document_bytes: int = Field(1_000_000, gt=0, description="longer documents are refused")
-    train_tokens: int | None = Field(None, gt=0)
-    held_out_tokens: int | None = Field(None, gt=0)
+    train_tokens: int | None = Field(
+        None, gt=0, description="take about this many tokens to train on"
+    )
+    held_out_tokens: int | None = Field(
+        None, gt=0, description="take about this many tokens to hold out"
+    )
 
 
 class TeacherConfig(Section):
     """A local Hugging Face directory (``path``), or a pinned ``package`` that holds a model."""
 
-    path: str | None = None
+    path: str | None = Field(None, description="directory, relative to the recipe")
     package: PackageName | None = None
     version: PackageVersion | None = None
     sha256: Sha256 | None = None
-    license: str | None = None
+    license: str | None = Field(None, description="for the cards")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -156,8 +149,8 @@ class SoftLabelsConfig(Section):
     draws: Annotated[int, Field(ge=1, le=255)] | None = Field(
         None, description="draws of sampled (default 50) and of head-tail's tail (default 8)"
     )
-    layout: Layout = "fast"
-    seed: int = Field(0, ge=0)
+    layout: Layout = Field("fast", description="records as they are, or compressed")
+    seed: int = Field(0, ge=0, description="of the draws")
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> Self:
@@ -195,23 +188,25 @@ class StudentConfig(Section):
     """The student's shape and its training."""
 
     layers: int = Field(gt=0, description="teacher layers that are kept")
-    epochs: int = Field(1, gt=0)
+    epochs: int = Field(1, gt=0, description="times that every sequence is seen")
     batch_tokens: int = Field(1024, gt=0, description="tokens of one optimizer step, about")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
-    cross_entropy_weight: float = Field(0.1, ge=0, le=1)
-    seed: int = Field(0, ge=0)
-    checkpoint_steps: int = Field(25, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    cross_entropy_weight: float = Field(
+        0.1, ge=0, le=1, description="of the observed tokens, beside the soft labels"
+    )
+    seed: int = Field(0, ge=0, description="of the order of the batches")
+    checkpoint_steps: int = Field(25, gt=0, description="steps between two checkpoints")
 
 
 class EvaluationConfig(Section):
     """What is measured on the held-out documents besides the distributions."""
 
-    prompts: list[str] = []
-    max_new_tokens: int = Field(48, gt=0)
-    calibration_bins: int = Field(15, gt=1)
+    prompts: list[str] = Field([], description="questions of the sample answers")
+    max_new_tokens: int = Field(48, gt=0, description="of a sample answer")
+    calibration_bins: int = Field(15, gt=1, description="of equal width")
 
 
 class Margins(Section):
@@ -225,18 +220,26 @@ class GateConfig(Section):
     """What must hold before anything is released."""
 
     max_kl: float | None = Field(None, gt=0, description="nats per token")
-    min_top1_agreement: float | None = Field(None, ge=0, le=1)
-    beats: dict[BaselineName, Margins] = {}
+    min_top1_agreement: float | None = Field(
+        None, ge=0, le=1, description="share of held-out positions"
+    )
+    beats: dict[BaselineName, Margins] = Field(
+        {}, description="baselines, and by how much they must be beaten"
+    )
 
 
 class ReleaseConfig(Section):
     """The released model's name, licence and file formats."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    license: str
-    description: str = ""
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the model and of its GGUF files"
+    )
+    license: str = Field(description="SPDX expression, of the released weights")
+    description: str = Field("", description="one sentence, for the cards")
     languages: list[str] = Field([], description="ISO 639 codes, for the model card")
-    quantizations: list[Quantization] = ["f16", "q8_0"]
+    quantizations: list[Quantization] = Field(
+        ["f16", "q8_0"], description="GGUF files; f32 and f16 must agree with PyTorch"
+    )
     parity_positions: int = Field(
         48, gt=0, description="held-out positions at which GGUF and PyTorch are compared"
     )
@@ -245,8 +248,10 @@ class ReleaseConfig(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="whose runs may share a directory"
+    )
+    description: str = Field("", description="one sentence, for the report")
     corpus: CorpusConfig
     teacher: TeacherConfig
     soft_labels: SoftLabelsConfig = SoftLabelsConfig()
@@ -259,246 +264,3 @@ class Recipe(Section):
         """Every package that the recipe names, once."""
         pins = [source.pin() for source in self.corpus.sources] + [self.teacher.pin()]
         return list(dict.fromkeys(pin for pin in pins if pin is not None))
-
-
-_Path = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """With YAML 1.2's floats: PyYAML alone reads 1e-3, which has no dot, as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-class _Reader:
-    """YAML to plain values, remembering the line of every key and what ``--set`` has changed.
-
-    Refuses cycles, repeated keys and aliases that multiply each other.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.lines: dict[_Path, int] = {}
-        self.overrides: dict[_Path, str] = {}
-        self._scalars = _Loader("")
-        self._open: set[int] = set()
-        self._values = 0
-
-    def where(self, path: _Path) -> str:
-        """``file:line`` of the nearest key at or above ``path``, or the ``--set`` that wrote it."""
-        given = [s for key, s in self.overrides.items() if path[: len(key)] == key]
-        if not given and path not in self.lines:
-            given = [s for key, s in self.overrides.items() if key[: len(path)] == path]
-        if given and path:
-            return given[-1]
-        while path and path not in self.lines:
-            path = path[:-1]
-        return f"{self.file}:{self.lines.get(path, 1)}"
-
-    def parse(self, text: str) -> Any:
-        """The value that a YAML text holds; raises ``InputError`` with file and line."""
-        try:
-            node = yaml.compose(text, Loader=_Loader)
-            return None if node is None else self._read(node, ())
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise InputError(f"{self.file}:{line}: not valid YAML: {error.problem}") from None
-        except yaml.reader.ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            code = f"U+{ord(text[error.position]):04X}"
-            raise InputError(f"{self.file}:{line}: holds the control character {code}") from None
-        except RecursionError:
-            raise InputError(f"{self.file}: nested too deeply") from None
-
-    def _read(self, node: yaml.Node, path: _Path) -> Any:
-        line = node.start_mark.line + 1
-        self.lines.setdefault(path, line)
-        self._values += 1
-        if id(node) in self._open:
-            raise InputError(f"{self.file}:{line}: an anchor contains itself (a cycle)")
-        if self._values > MAX_VALUES:
-            raise InputError(f"{self.file}:{line}: too many values: aliases multiply each other")
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, line)
-        self._open.add(id(node))
-        value: Any
-        if isinstance(node, yaml.SequenceNode):
-            value = [self._read(child, (*path, i)) for i, child in enumerate(node.value)]
-        else:
-            assert isinstance(node, yaml.MappingNode)
-            value = {}
-            for key_node, child in node.value:
-                key_line = key_node.start_mark.line + 1
-                if not isinstance(key_node, yaml.ScalarNode):
-                    raise InputError(f"{self.file}:{key_line}: a key must be a plain word")
-                key = str(key_node.value)
-                if key in value:
-                    raise InputError(f"{self.file}:{key_line}: the key `{key}` stands here twice")
-                self.lines[(*path, key)] = key_line
-                value[key] = self._read(child, (*path, key))
-        self._open.discard(id(node))
-        return value
-
-    def _scalar(self, node: yaml.ScalarNode, line: int) -> Any:
-        try:
-            return self._scalars.construct_object(node)
-        except (ValueError, LookupError, AttributeError):  # such as 2026-13-01, or !!int x
-            kind = node.tag.rpartition(":")[2]
-            shown = reprlib.repr(node.value)
-            raise InputError(f"{self.file}:{line}: {shown} is not a valid {kind}") from None
-
-
-def _keys_at(path: _Path) -> list[str]:
-    """The keys that the recipe's schema has at ``path``."""
-    model: Any = Recipe
-    for part in path:
-        if isinstance(model, type) and issubclass(model, BaseModel) and isinstance(part, str):
-            field = model.model_fields.get(part)
-            model = field.annotation if field else None
-        else:  # an index into a list, or a key into a mapping of baselines
-            model = get_args(model)[-1] if get_args(model) else None
-        while get_args(model) and type(None) in get_args(model):
-            model = next(arg for arg in get_args(model) if arg is not type(None))
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return list(model.model_fields)
-    return []
-
-
-def _explain(error: ValidationError, reader: _Reader) -> str:
-    lines = []
-    for item in error.errors()[:MAX_ERRORS]:
-        path: _Path = tuple(part for part in item["loc"] if part != "[key]")
-        dotted = ".".join(str(part) for part in path)
-        where = reader.where(path)
-        if item["type"] == "extra_forbidden":
-            known = _keys_at(path[:-1])
-            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
-            lines.append(f"{where}: unknown key `{dotted}`; nearest valid key: `{near[0]}`")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: the key `{dotted}` is missing")
-        elif item["type"] == "model_type":
-            keys = ", ".join(_keys_at(path))
-            lines.append(f"{where}: `{dotted}` must be a section with the keys {keys}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = item["input"]
-            shown = "" if isinstance(given, dict | list) else f" (found {reprlib.repr(given)})"
-            lines.append(f"{where}: `{dotted}`: {message}{shown}")
-    if error.error_count() > MAX_ERRORS:
-        lines.append(f"and {error.error_count() - MAX_ERRORS} more")
-    return "\n".join(lines)
-
-
-def _override(data: Any, text: str, reader: _Reader) -> None:
-    dotted, equals, raw = text.partition("=")
-    if not equals or not dotted:
-        raise InputError(f"--set {text}: write it as section.key=value")
-    path: list[str | int] = []
-    target: Any = data
-    parts = dotted.split(".")
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(target, list):
-            if part not in [str(index) for index in range(len(target))]:
-                raise InputError(f"--set {text}: `{part}` is not an index below {len(target)}")
-            key: str | int = int(part)
-        elif isinstance(target, dict):
-            key = part
-            if not last:
-                target.setdefault(part, {})
-        else:
-            raise InputError(f"--set {text}: `{'.'.join(parts[:depth])}` has no keys")
-        path.append(key)
-        if last:
-            try:
-                target[key] = _Reader(reader.file).parse(raw)
-            except InputError:
-                raise InputError(f"--set {text}: the value is not valid YAML") from None
-        else:
-            target = target[key]
-    reader.overrides[tuple(path)] = f"--set {text}"
-
-
-def load_recipe(file: Path | str, settings: list[str] | None = None) -> Recipe:
-    """Read, override (``settings``: ``section.key=value``) and check a recipe.
-
-    Relative paths in it are resolved against the recipe's folder. Raises ``InputError`` with
-    file, line, key and the nearest valid key for whatever is wrong.
-    """
-    file = Path(file)
-    reader = _Reader(file)
-    data = reader.parse(_read_text(file))
-    if not isinstance(data, dict):
-        raise InputError(f"{file}:1: a recipe is a mapping of sections; this is not one")
-    for setting in settings or []:
-        _override(data, setting, reader)
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise InputError(_explain(error, reader)) from None
-    _refuse_repeated_names(recipe, reader)
-    return _resolve_paths(recipe, reader)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such recipe") from None
-    except IsADirectoryError:
-        raise InputError(f"{file}: is a directory; name the recipe file") from None
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{file}: more than {MAX_BYTES:,} bytes; this is not a recipe")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file}:{line}: not UTF-8: {error.reason}") from None
-
-
-def _refuse_repeated_names(recipe: Recipe, reader: _Reader) -> None:
-    first: dict[str, int] = {}
-    for i, source in enumerate(recipe.corpus.sources):
-        if first.setdefault(source.name, i) != i:
-            where = reader.where(("corpus", "sources", i, "name"))
-            raise InputError(f"{where}: the name {source.name!r} is another source's; rename one")
-
-
-def _resolve_paths(recipe: Recipe, reader: _Reader) -> Recipe:
-    """Make paths absolute and refuse those that lead nowhere."""
-    folder = reader.file.resolve().parent
-
-    def resolve(value: str, path: _Path) -> tuple[Path, str]:
-        """The path itself, and the pattern that finds what it names."""
-        given = Path(value)
-        with suppress(RuntimeError):  # a ~user that is not known here
-            given = given.expanduser()
-        literal = folder / given
-        for pattern in (glob.escape(str(literal)), str(Path(glob.escape(str(folder))) / given)):
-            if next(glob.iglob(pattern, recursive=True), None) is not None:
-                return literal, pattern
-        dotted = ".".join(str(part) for part in path)
-        raise InputError(
-            f"{reader.where(path)}: `{dotted}`: no file at {value} (looked for {literal})"
-        )
-
-    sources = [
-        source
-        if source.path is None
-        else source.model_copy(
-            update={"path": resolve(source.path, ("corpus", "sources", i, "path"))[1]}
-        )
-        for i, source in enumerate(recipe.corpus.sources)
-    ]
-    teacher = recipe.teacher
-    if teacher.path is not None:
-        target = str(resolve(teacher.path, ("teacher", "path"))[0])
-        teacher = teacher.model_copy(update={"path": target})
-    corpus = recipe.corpus.model_copy(update={"sources": sources})
-    return recipe.model_copy(update={"corpus": corpus, "teacher": teacher})

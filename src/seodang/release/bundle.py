@@ -141,7 +141,7 @@ def _parity(
         parity.require(report)
         for what in ("tokenization", "chat_template"):
             if count := report[what]["mismatches"]:
-                say(f"[yellow]llama.cpp's {what} differs on {count} held-out documents: {PARITY}")
+                say(f"Note: llama.cpp's {what} differs on {count} held-out documents: {PARITY}")
         data = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(file, data.encode() + b"\n")
     found: dict[str, Any] = json.loads(file.read_bytes())

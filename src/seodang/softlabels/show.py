@@ -1,13 +1,31 @@
-"""A sequence's soft labels in a form that people read."""
+"""A store and its sequences in a form that people read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from seodang.softlabels.estimators import BIASED
 from seodang.softlabels.store import SoftLabelSequence
+from seodang.softlabels.store import open as open_store
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What ``labels inspect`` says about the store at ``path``."""
+    store = open_store(path)
+    return {
+        "path": str(path),
+        "digest": store.artifact.digest,
+        "tokens": store.num_tokens,
+        "sequences": len(store),
+        "bytes_per_token": store.bytes_per_token,
+        **store.header.model_dump(),
+        "biased": store.estimator in BIASED,
+        "sources": [s.model_dump(exclude_none=True) for s in store.artifact.manifest.sources],
+    }
 
 
 def label_rows(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -131,7 +132,10 @@ class SoftLabelStore:
         if not self._shards:
             raise InputError(f"{self.path}: a soft-label store without a shard")
         self.header = _read_header(self._shards[0])
-        rows = [pq.read_metadata(shard).num_rows for shard in self._shards]
+        rows = []
+        for shard in self._shards:
+            with readable(shard):
+                rows.append(pq.read_metadata(shard).num_rows)
         self._first = np.concatenate([[0], np.cumsum(rows)])
         self._read = lru_cache(maxsize=4)(self._read_shard)
 
@@ -171,7 +175,8 @@ class SoftLabelStore:
         return (self[i] for i in range(len(self)))
 
     def _read_shard(self, shard: int) -> pa.Table:
-        table = pq.read_table(self._shards[shard], memory_map=True)
+        with readable(self._shards[shard]):
+            table = pq.read_table(self._shards[shard], memory_map=True)
         if _read_header(self._shards[shard]) != self.header:
             raise InputError(f"{self._shards[shard]}: made with other settings than shard 0")
         return table
@@ -182,9 +187,9 @@ class SoftLabelStore:
         def values(name: str) -> Any:
             return table.column(name)[row].values.to_numpy(zero_copy_only=False)
 
-        token_ids, labelled = values("token_ids"), values("labelled")
         header = self.header
         try:
+            token_ids, labelled = values("token_ids"), values("labelled")
             entries = decode(
                 table.column("record")[row].as_py(),
                 len(labelled),
@@ -193,7 +198,7 @@ class SoftLabelStore:
                 header.estimator,
                 header.vocab_size,
             )
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self._shards[shard]}: row {row}: {error}") from None
         per_position = np.zeros(len(token_ids), np.int64)
         per_position[labelled] = entries.counts
@@ -260,8 +265,19 @@ def check_tokens(sequence: SoftLabelSequence) -> str | None:
     return None
 
 
+@contextmanager
+def readable(shard: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a damaged file into an ``InputError`` that names it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{shard}: cannot be read: {reason}") from None
+
+
 def _read_header(shard: Path) -> StoreHeader:
-    metadata = pq.read_schema(shard).metadata or {}
+    with readable(shard):
+        metadata = pq.read_schema(shard).metadata or {}
     try:
         raw = json.loads(metadata[b"seodang"])
         if raw.get("codec_version", 0) > CODEC_VERSION:

