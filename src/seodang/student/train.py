@@ -144,7 +144,7 @@ def train(
             }
             lines.write(json.dumps(row) + "\n")
             advance(tokens[step - 1], f"loss {row['loss']:.3f}")
-            if step % config.checkpoint_steps == 0 or step == len(batches) or stopping.is_set():
+            if step % config.checkpoint_steps == 0 or stopping.is_set():
                 lines.flush()
                 os.fsync(lines.fileno())
                 checkpoint.save(checkpoints, step, model, optimizer)
