@@ -65,6 +65,7 @@ def main() -> None:
     # other work as well; sleeping ones cost little on an idle one (`benchmarks/threads.py`).
     # OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers; we show our own progress
     app()
 
 

@@ -70,11 +70,9 @@ def train(
     tokenizer = load_tokenizer(teacher)
     store.check_tokenizer(tokenizer_fingerprint(tokenizer))
     inputs = {"soft_labels": store.artifact.digest, "start": model_fingerprint(teacher)}
-    used = {
-        **config.model_dump(exclude={"checkpoint_steps"}),
-        "objective": objective,
-        "kept_layers": None if layers is None else list(layers),
-    }
+    used = {**config.model_dump(exclude={"checkpoint_steps"}), "objective": objective}
+    if layers is not None:
+        used["kept_layers"] = list(layers)
     check_layers(teacher, config.layers)
     draft = begin(out, "student", used, inputs)
     if isinstance(draft, Artifact):
