@@ -182,7 +182,7 @@ WRONG = {
     ),
     "package without pin": (
         changed("      version: 1.2.0\n", ""),
-        "recipe.yaml:7: `corpus.sources.1`: a package needs `version`, `sha256` and `files`",
+        "recipe.yaml:7: `corpus.sources.1`: a package needs `version` and `sha256`",
     ),
     "two origins": (
         changed("  path: teacher", "  path: teacher\n  package: llm"),

@@ -54,16 +54,41 @@ class Message(Section):
     content: Template = Field(description="may name fields of the record in braces")
 
 
-class SourceConfig(Section):
+class Origin(Section):
+    """Files of this machine (``path``), or a ``package`` pinned by version and hash."""
+
+    path: str | None = Field(
+        None, description="file, directory or pattern, from the recipe's folder"
+    )
+    package: PackageName | None = None
+    version: PackageVersion | None = None
+    sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.package is None):
+            raise ValueError("name exactly one of `path` and `package`")
+        if self.package is not None and not (self.version and self.sha256):
+            raise ValueError("a package needs `version` and `sha256`")
+        if self.path is not None and (self.version or self.sha256):
+            raise ValueError("`version` and `sha256` belong to a `package`")
+        return self
+
+    def pin(self) -> PackagePin | None:
+        """The package, pinned; None for a path."""
+        if self.package is None:
+            return None
+        assert self.version is not None
+        assert self.sha256 is not None
+        return PackagePin(package=self.package, version=self.version, sha256=self.sha256)
+
+
+class SourceConfig(Origin):
     """Where documents come from: files of this machine (``path``) or of a pinned ``package``."""
 
     name: str = Field(description="how it is called on cards and in errors")
     license: str = Field(description="SPDX expression, or LicenseRef-...")
     attribution: str | None = Field(None, description="whom the licence wants named")
-    path: str | None = Field(None, description="file or pattern, relative to the recipe")
-    package: PackageName | None = None
-    version: PackageVersion | None = None
-    sha256: Sha256 | None = None
     files: list[str] = Field([], description="patterns of members of the package")
     records: str | None = Field(None, description="dotted path to the list of records")
     text: Template | None = Field(None, description="template of a text, {field} in braces")
@@ -72,24 +97,12 @@ class SourceConfig(Section):
     max_tokens: int | None = Field(None, gt=0, description="take about this many tokens at most")
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (self.package is None):
-            raise ValueError("name exactly one of `path` and `package`")
-        if self.package is not None and not (self.version and self.sha256 and self.files):
-            raise ValueError("a package needs `version`, `sha256` and `files`")
-        if self.path is not None and (self.version or self.sha256 or self.files):
-            raise ValueError("`version`, `sha256` and `files` belong to a `package`")
+    def _one_reading(self) -> Self:
+        if (self.package is not None) != bool(self.files):
+            raise ValueError("a package needs `files`, and a `path` has none")
         if sum((self.text is not None, self.messages is not None, self.turns)) > 1:
             raise ValueError("name at most one of `text`, `messages` and `turns`")
         return self
-
-    def pin(self) -> PackagePin | None:
-        """The package, pinned; None for local files."""
-        if self.package is None:
-            return None
-        assert self.version is not None
-        assert self.sha256 is not None
-        return PackagePin(package=self.package, version=self.version, sha256=self.sha256)
 
 
 class CorpusConfig(Section):
@@ -110,30 +123,10 @@ class CorpusConfig(Section):
     )
 
 
-class TeacherConfig(Section):
+class TeacherConfig(Origin):
     """A local Hugging Face directory (``path``), or a pinned ``package`` that holds a model."""
 
-    path: str | None = Field(None, description="directory, relative to the recipe")
-    package: PackageName | None = None
-    version: PackageVersion | None = None
-    sha256: Sha256 | None = None
     license: str | None = Field(None, description="for the cards")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (self.package is None):
-            raise ValueError("name exactly one of `path` and `package`")
-        if self.package is not None and not (self.version and self.sha256):
-            raise ValueError("a package needs `version` and `sha256`")
-        return self
-
-    def pin(self) -> PackagePin | None:
-        """The package, pinned; None for a local directory."""
-        if self.package is None:
-            return None
-        assert self.version is not None
-        assert self.sha256 is not None
-        return PackagePin(package=self.package, version=self.version, sha256=self.sha256)
 
 
 class SoftLabelsConfig(Section):
