@@ -459,3 +459,28 @@ def test_ctrl_c_says_how_to_go_on_and_the_capture_does(
     resumed = seodang(*arguments, "--out", out).json
     assert (out / "labels-00000.parquet").stat().st_mtime_ns == first
     assert resumed["digest"] == seodang(*arguments, "--out", tmp_path / "again").json["digest"]
+
+
+FINALISER = """
+import signal, time
+from seodang.cli import keep_ctrl_c
+keep_ctrl_c()
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+try:
+    Dropped()
+    for _ in range(500):
+        time.sleep(0.01)
+    print("lost")
+except KeyboardInterrupt:
+    print("kept")
+"""
+
+
+def test_ctrl_c_in_a_finaliser_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FINALISER], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("kept\n", "")

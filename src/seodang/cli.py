@@ -6,11 +6,13 @@ failed, 2 bad usage or input, 130 interrupted.
 
 from __future__ import annotations
 
+import _thread
 import functools
 import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -66,7 +68,24 @@ def main() -> None:
     # OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers; we show our own progress
+    keep_ctrl_c()
     app()
+
+
+def keep_ctrl_c() -> None:
+    """See to it that Ctrl-C is never lost.
+
+    Python prints and drops an exception that is raised inside a finaliser, KeyboardInterrupt
+    among them: the work would go on. Such a one is delivered again a moment later.
+    """
+
+    def deliver_again(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            sys.__unraisablehook__(dropped)
+
+    sys.unraisablehook = deliver_again
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
