@@ -94,6 +94,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON by an atomic rename."""
+    data = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, data.encode() + b"\n")
+
+
 def _files_below(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import Artifact, begin, write_atomically
+from seodang.artifact import Artifact, begin, write_atomically, write_json
 from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.corpus.build import read_documents, read_sequences
 from seodang.evaluation.fidelity import measure
@@ -93,12 +93,6 @@ def evaluate(
     return draft.finish(
         sources=student.manifest.sources, summary=summary, measured=[METRICS, REPORT]
     )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON by an atomic rename."""
-    data = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, data.encode() + b"\n")
 
 
 def read_log(student: Artifact) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from seodang.causal_lm import CausalLM, length_batches, row_chunks
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import WorkFailed
 from seodang.progress import track
+from seodang.student.batch import observed_tokens
 
 Float = npt.NDArray[np.float64]
 
@@ -52,7 +53,7 @@ class Fidelity:
     def add(
         self, teacher_NV: torch.Tensor, model_NV: torch.Tensor, targets_N: torch.Tensor
     ) -> None:
-        """Add positions: log-probabilities (N, V) of both, observed tokens (N,), -1 for none."""
+        """Add positions: log-probabilities (N, V) of both, observed tokens (N,), or -100."""
         divergence_NV = teacher_NV.exp() * (teacher_NV - model_NV)
         self.kl += float(divergence_NV.sum(-1, dtype=torch.float64).sum())
         best = model_NV.max(-1)
@@ -112,7 +113,7 @@ def measure(
     with track("Evaluating", total, "tok") as advance, torch.inference_mode():
         for batch in length_batches([len(s.token_ids) for s in sequences]):
             part = [sequences[i] for i in batch]
-            targets = torch.from_numpy(np.concatenate([observed(s) for s in part]))
+            targets = torch.from_numpy(np.concatenate([observed_tokens(s) for s in part]))
             hidden = {}
             for name, model in everyone.items():
                 started = time.perf_counter()
@@ -138,9 +139,3 @@ def measure(
         {name: sums[name].result(model) for name, model in everyone.items()},
         {name: sums[name].calibration() for name in everyone},
     )
-
-
-def observed(sequence: TokenSequence) -> npt.NDArray[np.int64]:
-    """The token after each labelled position, -1 after the last."""
-    following = np.append(sequence.token_ids[1:], -1).astype(np.int64)
-    return following[sequence.labelled]

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import Artifact, FileEntry, begin, sha256_file, write_atomically
+from seodang.artifact import Artifact, FileEntry, begin, sha256_file, write_atomically, write_json
 from seodang.corpus.build import read_documents, read_sequences
 from seodang.errors import WorkFailed
 from seodang.progress import say
@@ -142,8 +142,7 @@ def _parity(
         for what in ("tokenization", "chat_template"):
             if count := report[what]["mismatches"]:
                 say(f"Note: llama.cpp's {what} differs on {count} held-out documents: {PARITY}")
-        data = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomically(file, data.encode() + b"\n")
+        write_json(file, report)
     found: dict[str, Any] = json.loads(file.read_bytes())
     return found
 

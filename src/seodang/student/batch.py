@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from seodang.causal_lm import pad
+from seodang.corpus.sequences import TokenSequence
 from seodang.softlabels.store import SoftLabelSequence
 from seodang.student.losses import IGNORE, LossTerms, sparse_kd_terms
 
@@ -54,7 +55,7 @@ def batch_loss(
     )
 
 
-def observed_tokens(sequence: SoftLabelSequence) -> npt.NDArray[np.int64]:
+def observed_tokens(sequence: SoftLabelSequence | TokenSequence) -> npt.NDArray[np.int64]:
     """The token that follows each labelled position, (L,) int64; -100 after the last token."""
     following = np.append(sequence.token_ids[1:], IGNORE).astype(np.int64)
     return following[sequence.labelled]
