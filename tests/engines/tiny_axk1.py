@@ -1,0 +1,65 @@
+"""A tiny random model of the A.X K1 architecture, saved so that vLLM loads it too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tiny import tiny_tokenizer
+
+
+def tiny_axk1(path: Path) -> Path:
+    """Save an AXK1 with random weights (fp32) and the tests' tokenizer into ``path``.
+
+    vLLM reads two things that transformers leaves out when it saves: the legacy keys of the
+    mixture of experts in config.json, and a `post_mlp_layernorm` of the dense layer, which nothing
+    uses. Its CPU kernel of latent attention needs kv_lora_rank + qk_rope_head_dim = 576.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AXK1Config, AXK1ForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    config = AXK1Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        kv_lora_rank=512,
+        q_lora_rank=64,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        max_position_embeddings=1024,
+        # Wider than usual, so that the random teacher's distributions are not almost uniform.
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AXK1ForCausalLM(config)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(config.hidden_size)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    saved = json.loads((path / "config.json").read_text())
+    saved |= {
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+    (path / "config.json").write_text(json.dumps(saved, indent=2))
+    return path
