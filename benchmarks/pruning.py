@@ -25,7 +25,8 @@ from seodang.softlabels.store import open as open_store
 from seodang.student.batch import batch_loss
 from seodang.student.initialise import choose_layers, depth_pruned, probe_sequences, without_block
 from seodang.student.train import plan_batches, schedule
-from seodang.teacher.local import teacher_config, teacher_directory
+from seodang.teacher.local import teacher_directory
+from seodang.teacher.named import teacher_config
 
 
 def even(total: int, keep: int) -> list[int]:

@@ -213,38 +213,6 @@ def test_a_detached_signature_may_be_present_and_comes_before_the_manifest(tmp_p
     assert made.verify(ignore=[SIGNATURE]) == []
 
 
-@pytest.mark.parametrize(
-    ("manifest", "message"),
-    [
-        (b"", "the whole file"),
-        (b"\xff\xfe", "the whole file"),
-        (b"[]", "the whole file"),
-        (b"[" * 100_000, "the whole file"),
-        (b'{"kind": "test"}', "config"),
-        (b'{"name": "an app", "icons": []}', "kind"),
-        (b'{"schema_version": 2, "kind": "test", "shape": "new"}', "install a newer one"),
-    ],
-)
-def test_an_unreadable_manifest_is_refused_and_nothing_is_deleted(
-    tmp_path: Path, manifest: bytes, message: str
-) -> None:
-    (tmp_path / MANIFEST).write_bytes(manifest)
-    (tmp_path / "precious").write_text("kept")
-    for call in (lambda: Artifact.open(tmp_path), lambda: begin(tmp_path, KIND, {}, {})):
-        with pytest.raises(InputError, match=message) as caught:
-            call()
-        assert str(tmp_path / MANIFEST) in str(caught.value)
-    assert (tmp_path / "precious").read_text() == "kept"
-
-
-def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    made = make(tmp_path / "out", 1)
-    newer = json.loads((made.path / MANIFEST).read_text()) | {"schema_version": 2}
-    (made.path / MANIFEST).write_text(json.dumps(newer))
-    with pytest.raises(InputError, match="schema version 2; this Seodang reads up to 1"):
-        Artifact.open(made.path)
-
-
 def test_other_kinds_are_refused_finished_or_not(tmp_path: Path) -> None:
     make(tmp_path / "done", 1)
     assert isinstance(begin(tmp_path / "begun", KIND, {}, {}), Draft)

@@ -181,7 +181,9 @@ CAPTURE_OPTIONS = {
     "--estimator=topk": "--estimator: Input should be 'top-k', 'residual', 'sampled' or",
     "--layout=tiny": "--layout: Input should be 'fast' or 'small'",
     "--seed=-1": "--seed: ",
-    "--head=-1": "--head: ",
+    "--threshold=0.7": "--threshold: ",
+    "--threshold=0": "--threshold: ",
+    "--unusable=maybe": "--unusable: Input should be 'refuse' or 'skip'",
     "--draws=256": "--draws: ",
     "--k=4": "`k` has no meaning for the estimator head-tail",
     "--max-length=0": "'--max-length'",
@@ -212,10 +214,10 @@ def test_a_wrong_recipe_is_refused_before_the_directory_is_made(
 BAD_CORPORA: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "nothing to capture"),
     "blank lines": (b"\n  \n\n", "nothing to capture"),
-    "empty texts": (b'{"text": ""}\n', "nothing to capture"),
+    "empty texts": (b'{"text": ""}\n', "document c.jsonl#1: empty: there is no token to label"),
     "no answer": (
         b'{"messages": [{"role": "user", "content": "Hello?"}]}\n',
-        "nothing to capture",
+        "document c.jsonl#1: empty: there is no token to label",
     ),
     "not UTF-8": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "c.jsonl:2: not UTF-8"),
     "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "c.jsonl:1: not UTF-8"),

@@ -83,7 +83,7 @@ def test_a_recipe_is_read_with_its_defaults_and_absolute_paths(folder: Path) -> 
     assert recipe.corpus.sources[0].path == str(folder / "docs" / "*.md")
     assert recipe.teacher.path == str(folder / "teacher")
     assert (recipe.student.layers, recipe.student.epochs) == (2, 1)
-    assert recipe.soft_labels.parameters() == {"head": 8, "draws": 8}
+    assert recipe.soft_labels.parameters() == {"threshold": 0.06}
     assert recipe.gate.beats["untrained"].kl == 0.5
     assert [str(pin) for pin in recipe.packages()] == ["some-dialogues==1.2.0"]
 
@@ -203,6 +203,22 @@ WRONG = {
     "unknown estimator": (
         RECIPE + "soft_labels: {estimator: topk}\n",
         "recipe.yaml:28: `soft_labels.estimator`: Input should be 'top-k'",
+    ),
+    "threshold above which nothing is a tail": (
+        RECIPE + "soft_labels: {threshold: 0.7}\n",
+        "recipe.yaml:28: `soft_labels.threshold`: Input should be less than or equal to 0.5",
+    ),
+    "threshold that keeps more than a record holds": (
+        RECIPE + "soft_labels: {threshold: 0.00001}\n",
+        "recipe.yaml:28: `soft_labels.threshold`: Input should be greater than or equal to 0.0001",
+    ),
+    "server without a model": (
+        changed("  path: teacher", "  path: teacher\n  server: http://127.0.0.1:8000/v1"),
+        "recipe.yaml:18: `teacher`: `server` and `model` belong together",
+    ),
+    "server that is none": (
+        changed("  path: teacher", "  path: teacher\n  server: 127.0.0.1\n  model: m"),
+        "recipe.yaml:20: `teacher.server`: String should match pattern",
     ),
     "no such file": (
         changed("docs/*.md", "docs/*.txt"),

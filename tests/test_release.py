@@ -116,7 +116,7 @@ def make_inputs(root: Path) -> Inputs:
         (path / "labels-00000.parquet").write_bytes(b"\0" * 5000)
 
     labels = {"tokens": 1000, "sequences": 14, "estimator": "head-tail"}
-    labels |= {"parameters": {"head": 8, "draws": 8}, "layout": "fast", "vocab_size": 600}
+    labels |= {"parameters": {"threshold": 0.06}, "layout": "fast", "vocab_size": 600}
     return Inputs(
         config=CONFIG,
         corpus=corpus,
@@ -301,10 +301,8 @@ def test_a_file_altered_together_with_its_manifest_is_found(
     text = readme.read_bytes().replace(b"tiny-student", b"evil-student")
     draft = Draft(release.path, "release", release.manifest.config, release.manifest.inputs)
     with changed(readme, text):
-        forged = draft.manifest(
-            sources=release.manifest.sources, summary=release.manifest.summary
-        ).model_dump_json(indent=1)
-        with changed(manifest, forged.encode() + b"\n"):
+        forged = draft.manifest(sources=release.manifest.sources, summary=release.manifest.summary)
+        with changed(manifest, forged.to_bytes()):
             assert Artifact.open(release.path).verify(ignore=["model.sig"]) == []
             (problem,) = verify(release.path, public_key)
     assert problem == "model.sig: made for other files than these: README.md, manifest.json"
@@ -375,7 +373,7 @@ def test_cards_say_what_the_artifacts_say(inputs: Inputs, release: Artifact) -> 
             "2.3 M |",
             "beats.untrained.kl",
         ),
-        *("1,000 tokens", "head-tail", "head 8, draws 8", "5.0 bytes per token", "0.001"),
+        *("1,000 tokens", "head-tail", "threshold 0.06", "5.0 bytes per token", "0.001"),
         *("tiny-student-q8_0.gguf", "tiny teacher \\| with a bar", "Nobody, 2026"),
         release.manifest.config["public_key"],
         CONFIG.description,

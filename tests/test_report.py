@@ -149,7 +149,7 @@ def synthetic() -> dict[str, Any]:
             {
                 "kind": "soft-labels",
                 "digest": _digest(2),
-                "config": {"estimator": "head-tail", "head": 8, "draws": 8},
+                "config": {"estimator": "head-tail", "threshold": 0.06},
                 "inputs": {"corpus": _digest(1), "teacher": _digest(9)},
                 "summary": {"tokens": 41_210, "bytes_per_token": 61.2},
                 "sources": [source, manual, weights],

@@ -1,261 +1,295 @@
-"""Capture and store: what is written is what the teacher said, and changes are noticed."""
+"""The store: what was written is what is read, whichever layout, shard and order."""
 
-import json
-import shutil
+from itertools import pairwise
 
+import hypothesis.strategies as st
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from hypothesis import given, settings
 
-from seodang.artifact import Draft
-from seodang.causal_lm import CausalLM, model_fingerprint, tokenizer_fingerprint
+from seodang.artifact import Artifact, Draft
 from seodang.corpus.sequences import TokenSequence
-from seodang.errors import InputError, WorkFailed
-from seodang.recipe import SoftLabelsConfig
-from seodang.softlabels import capture as capture_module
+from seodang.errors import InputError
 from seodang.softlabels import open as open_store
-from seodang.softlabels.capture import capture, plan_shards
-from tiny import tiny_teacher
+from seodang.softlabels.estimators import Entries
+from seodang.softlabels.shards import ENTROPY_STEP, HEAD_MASS_STEP, SCHEMA, write_shard
+from seodang.softlabels.store import OPEN_SHARDS, SoftLabelStore, shard_name
+from tiny_store import (
+    LAYOUTS,
+    PARAMETERS,
+    config_of,
+    header_of,
+    random_labels,
+    sequences,
+    synthetic_store,
+)
 
-ESTIMATORS = {
-    "top-k": {"k": 8},
-    "residual": {"k": 8},
-    "sampled": {"draws": 40},
-    "head-tail": {"head": 4, "draws": 4},
-}
+VOCABULARY = 500
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tiny_teacher(tmp_path_factory.mktemp("teacher"))
-    return CausalLM.load(folder), model_fingerprint(folder)
+def as_sets(sequence):
+    """The (id, weight) pairs of each position, without an order."""
+    bounds = sequence.offsets
+    return [
+        set(zip(sequence.ids[a:b].tolist(), sequence.weights[a:b].tolist(), strict=True))
+        for a, b in pairwise(bounds)
+    ]
 
 
-def sequences(count, seed=0, longest=40):
-    rng = np.random.default_rng(seed)
-    out = []
-    for number in range(count):
-        ids = rng.integers(0, 500, rng.integers(2, longest)).astype(np.int32)
-        some = rng.random(len(ids)) < (1.0 if number % 2 else 0.5)
-        some[0] = True
-        out.append(TokenSequence(f"doc{number}", ids, np.flatnonzero(some).astype(np.int32)))
+def written_sets(item, entries):
+    """The same of what was written."""
+    bounds = np.concatenate([[0], np.cumsum(entries.counts)])
+    out = [set() for _ in item.token_ids]
+    weights = entries.weights.astype(np.float32).tolist()
+    for position, a, b in zip(item.labelled, bounds, bounds[1:], strict=False):
+        out[position] = set(zip(entries.ids[a:b].tolist(), weights[a:b], strict=True))
     return out
 
 
-def make(teacher, out, config=None, items=None):
-    model, fingerprint = teacher
-    items = sequences(12) if items is None else items
-    return capture(model, fingerprint, items, config or SoftLabelsConfig(), out)
-
-
-@pytest.mark.parametrize("layout", ["fast", "small"])
-@pytest.mark.parametrize("estimator", list(ESTIMATORS))
-def test_stored_weights_are_the_teachers(teacher, tmp_path, estimator, layout):
-    items = sequences(9)
-    config = SoftLabelsConfig(estimator=estimator, layout=layout, **ESTIMATORS[estimator])
-    make(teacher, tmp_path / "store", config, items)
-    store = open_store(tmp_path / "store")
-    assert store.estimator == estimator
-    assert store.num_tokens == sum(len(s.labelled) for s in items)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("estimator", list(PARAMETERS))
+def test_every_sequence_is_read_as_it_was_written(tmp_path, estimator, layout):
+    config, items = config_of(estimator, layout=layout), sequences(25)
+    artifact = synthetic_store(tmp_path / "s", config, items, shard_size=7)
+    store = open_store(tmp_path / "s")
+    assert (store.estimator, store.vocab_size, len(store)) == (estimator, VOCABULARY, 25)
+    assert store.num_tokens == sum(len(item.labelled) for item in items)
+    assert store.header == header_of(config)
+    assert store.artifact.digest == artifact.digest
     assert store.verify() == []
-    assert [s.document_id for s in store] == [s.document_id for s in items]
     for item, found in zip(items, store, strict=True):
+        assert (found.document_id, found.digest) == (item.document_id, item.digest)
         np.testing.assert_array_equal(found.token_ids, item.token_ids)
-        ids = torch.from_numpy(item.token_ids.astype(np.int64))[None]
-        with torch.inference_mode():
-            p = torch.softmax(teacher[0].model(ids).logits[0].double(), -1).numpy()
+        np.testing.assert_array_equal(found.labelled, item.labelled)
+        entries = random_labels(config, item, VOCABULARY)
+        assert as_sets(found) == written_sets(item, entries)
+        assert [a.dtype for a in (found.token_ids, found.labelled, found.ids)] == [np.int32] * 3
+        assert (found.offsets.dtype, found.weights.dtype) == (np.int64, np.float32)
         assert found.offsets.shape == (len(item.token_ids) + 1,)
-        assert set(np.flatnonzero(np.diff(found.offsets))) == set(item.labelled.tolist())
-        for index, position in enumerate(item.labelled):
-            part = slice(found.offsets[position], found.offsets[position + 1])
-            chosen, weight = found.ids[part], found.weights[part]
-            row = p[position]  # the distribution of the token after token `position`
-            entropy = -(row * np.log(row)).sum()
-            assert found.entropy[index] == pytest.approx(entropy, rel=1e-3)
-            if estimator in ("top-k", "residual"):
-                np.testing.assert_array_equal(np.sort(chosen), np.sort(np.argsort(-row)[:8]))
-                np.testing.assert_allclose(weight, row[chosen], rtol=1e-3)
-            elif estimator == "sampled":
-                counts = weight * 40
-                np.testing.assert_allclose(counts, np.rint(counts), atol=1e-4)
-                assert weight.sum() == pytest.approx(1, abs=1e-5)
-            else:
-                np.testing.assert_allclose(weight[:4], np.sort(row)[::-1][:4], rtol=1e-3)
-                tail = 1 - np.sort(row)[::-1][:4].sum()
-                assert weight[4:].sum() == pytest.approx(tail, rel=1e-3)
-                np.testing.assert_allclose(found.p[part], row[chosen], rtol=1e-3)
+        np.testing.assert_allclose(found.entropy, entries.entropy, atol=ENTROPY_STEP / 2 + 1e-6)
+        np.testing.assert_allclose(
+            found.head_mass, entries.head_mass, atol=HEAD_MASS_STEP / 2 + 1e-6
+        )
 
 
-def test_labels_are_not_shifted(teacher, tmp_path):
-    """The label at t must not see token t+1: changing a token changes labels from there on."""
-    item = sequences(1, seed=5)[0]
-    changed = item.token_ids.copy()
-    at = len(changed) // 2
-    changed[at] = (changed[at] + 1) % 500
-    everything = np.arange(len(changed), dtype=np.int32)
-    config = SoftLabelsConfig(estimator="top-k")
-    stores = []
-    for name, ids in (("a", item.token_ids), ("b", changed)):
-        make(teacher, tmp_path / name, config, [TokenSequence("d", ids, everything)])
-        stores.append(open_store(tmp_path / name)[0])
-    a, b = stores
-    np.testing.assert_allclose(a.entropy[:at], b.entropy[:at], rtol=1e-5)
-    assert abs(a.entropy[at] - b.entropy[at]) > 1e-4
+def test_both_layouts_hold_the_same_labels_and_small_is_smaller(tmp_path):
+    items = sequences(40)
+    fast, small = (
+        synthetic_store(tmp_path / layout, config_of("head-tail", layout=layout), items)
+        for layout in LAYOUTS
+    )
+    for one, other in zip(SoftLabelStore(fast), SoftLabelStore(small), strict=True):
+        assert as_sets(one) == as_sets(other)
+        assert one.digest == other.digest
+        np.testing.assert_array_equal(one.entropy, other.entropy)
+    records = [
+        sum(len(r.as_py()) for r in pq.read_table(a.path / shard_name(0))["record"])
+        for a in (fast, small)
+    ]
+    assert records[1] < 0.8 * records[0]
 
 
-def test_same_bytes_again_and_after_a_crash(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(capture_module, "SHARD_TOKENS", 60)
-    first = make(teacher, tmp_path / "a")
-    assert len(list(first.path.glob("labels-*.parquet"))) > 2
-
-    def fails(*arguments):
-        if arguments[0].name == "labels-00002.parquet":
-            raise OSError("synthetic crash")
-        return written(*arguments)
-
-    written = capture_module.write_shard
-    monkeypatch.setattr(capture_module, "write_shard", fails)
-    with pytest.raises(OSError, match="synthetic"):
-        make(teacher, tmp_path / "b")
-    assert not (tmp_path / "b" / "manifest.json").exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("*.parquet")}
-    assert len(kept) == 2
-    monkeypatch.setattr(capture_module, "write_shard", written)
-    second = make(teacher, tmp_path / "b")
-    assert second.digest == first.digest
-    for name, moment in kept.items():  # finished shards are not made again
-        assert (tmp_path / "b" / name).stat().st_mtime_ns == moment
-    for file in first.manifest.files:
-        assert (first.path / file.path).read_bytes() == (second.path / file.path).read_bytes()
-
-
-def test_draws_follow_the_content_not_the_order(teacher, tmp_path):
-    items = sequences(6)
-    make(teacher, tmp_path / "a", None, items)
-    make(teacher, tmp_path / "b", None, items[::-1])
-    a = {s.digest: s for s in open_store(tmp_path / "a")}
-    for sequence in open_store(tmp_path / "b"):
-        np.testing.assert_array_equal(sequence.draws, a[sequence.digest].draws)
-        np.testing.assert_array_equal(sequence.ids, a[sequence.digest].ids)
-    other = SoftLabelsConfig(seed=1)
-    make(teacher, tmp_path / "c", other, items)
-    assert any(not np.array_equal(s.ids, a[s.digest].ids) for s in open_store(tmp_path / "c"))
-
-
-def rewrite(store, change):
-    """Rewrite a shard and the manifest that vouches for it, as a careless tool would."""
-    shard = store / "labels-00000.parquet"
-    table = pq.read_table(shard)
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    change(columns)
-    pq.write_table(pa.table(columns, schema=table.schema), shard)
-    manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").unlink()
-    draft = Draft(store, manifest["kind"], manifest["config"], manifest["inputs"])
-    draft.finish(summary=manifest["summary"])
+@settings(deadline=None, max_examples=25)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    estimator=st.sampled_from(list(PARAMETERS)),
+    vocabulary=st.sampled_from([1, 2, 300, 70_000, 300_000]),
+    counts=st.lists(st.lists(st.integers(0, 6), max_size=5), min_size=1, max_size=6),
+    shard_size=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_any_entries_survive(
+    tmp_path_factory, layout, estimator, vocabulary, counts, shard_size, seed
+):
+    """Sequences of zero positions, positions without entries, ids at the ends of the vocabulary."""
+    rng = np.random.default_rng(seed)
+    config = config_of(estimator, layout=layout)
+    grid = header_of(config).levels()
+    items, entries = [], []
+    for number, wanted in enumerate(counts):
+        row = np.minimum(wanted, vocabulary).astype(np.int64)
+        tokens = rng.integers(0, vocabulary, len(row) + number).astype(np.int32)
+        positions = np.sort(rng.permutation(len(tokens))[: len(row)]).astype(np.int32)
+        items.append(TokenSequence(f"d{number}", tokens, positions))
+        chosen = [rng.choice(min(vocabulary, 10), n, replace=False) for n in row]
+        ids = [np.where(c % 2, vocabulary - 1 - c, c) if vocabulary > 20 else c for c in chosen]
+        entries.append(
+            Entries(
+                row,
+                np.concatenate([np.empty(0, int), *ids]).astype(np.int32),
+                rng.choice(grid, row.sum()),
+                rng.random(len(row)).astype(np.float32),
+                rng.exponential(2, len(row)).astype(np.float32),
+            )
+        )
+    path = tmp_path_factory.mktemp("any") / "store"
+    synthetic_store(
+        path, config, items, entries=entries, shard_size=shard_size, vocabulary=vocabulary
+    )
+    store = open_store(path)
+    assert store.verify() == []
+    for item, made, found in zip(items, entries, store, strict=True):
+        np.testing.assert_array_equal(found.token_ids, item.token_ids)
+        np.testing.assert_array_equal(found.labelled, item.labelled)
+        assert as_sets(found) == written_sets(item, made)
 
 
-def shift_tokens(columns):
-    columns["token_ids"][1] = [columns["token_ids"][1][-1], *columns["token_ids"][1][:-1]]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opening_reads_the_manifest_and_one_shard(tmp_path, layout):
+    """All other shards are away: they can't have been read."""
+    items = sequences(240, longest=6)
+    synthetic_store(tmp_path / "s", config_of("sampled", layout=layout), items, shard_size=2)
+    whole = open_store(tmp_path / "s")
+    before = [whole[i].digest for i in (0, 1, 198, 199)]
+    for number in range(1, 120):
+        if number != 99:
+            (tmp_path / "s" / shard_name(number)).rename(tmp_path / f"away-{number}")
+    store = open_store(tmp_path / "s")
+    assert len(store) == 240
+    assert store.num_tokens == sum(len(item.labelled) for item in items)
+    # And reading a sequence reads its own shard.
+    assert [store[i].digest for i in (0, 1, 198, 199)] == before
+    with pytest.raises(InputError, match=r"labels-00098\.parquet: cannot be read"):
+        store[197]
 
 
-def shift_positions(columns):
-    columns["labelled"][0] = [p + 1 for p in columns["labelled"][0]]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_access_across_more_shards_than_stay_open(tmp_path, layout, monkeypatch):
+    monkeypatch.setitem(OPEN_SHARDS, layout, 5)
+    shards = 25
+    items = sequences(shards, longest=7)
+    synthetic_store(tmp_path / "s", config_of("sampled", layout=layout), items, shard_size=1)
+    store = open_store(tmp_path / "s")
+    order = np.random.default_rng().permutation(2 * shards) % shards
+    for index in order.tolist():
+        assert store[index].digest == items[index].digest
+    np.testing.assert_array_equal(store.lengths, [len(item.token_ids) for item in items])
+    np.testing.assert_array_equal(store.labelled_counts, [len(item.labelled) for item in items])
+    assert store[-1].digest == items[-1].digest
+    for beyond in (shards, -shards - 1):
+        with pytest.raises(IndexError):
+            store[beyond]
 
 
-@pytest.mark.parametrize("change", [shift_tokens, shift_positions])
-def test_shifted_tokens_or_positions_are_found(teacher, tmp_path, change):
-    items = [TokenSequence("d", s.token_ids, s.labelled[:-1]) for s in sequences(4, longest=30)]
-    items = [s for s in items if len(s.labelled)]
-    make(teacher, tmp_path / "store", None, items)
-    rewrite(tmp_path / "store", change)
-    problems = open_store(tmp_path / "store").verify()
-    assert any("digest" in problem for problem in problems)
+def test_any_reader_of_parquet_sees_the_columns(tmp_path):
+    items = sequences(5)
+    for layout in LAYOUTS:
+        synthetic_store(tmp_path / layout, config_of("head-tail", layout=layout), items)
+        shard = tmp_path / layout / shard_name(0)
+        table = pq.read_table(shard)
+        assert table.schema.equals(SCHEMA)
+        assert table["document_id"].to_pylist() == [item.document_id for item in items]
+        assert table["token_ids"].to_pylist() == [item.token_ids.tolist() for item in items]
+        assert table["labelled"].to_pylist() == [item.labelled.tolist() for item in items]
+        assert table["sequence_digest"].to_pylist() == [item.digest for item in items]
+        stored = [found.entropy.tolist() for found in open_store(tmp_path / layout)]
+        assert table["entropy"].to_pylist() == stored
+        assert b'"estimator":"head-tail"' in pq.read_metadata(shard).metadata[b"seodang"]
 
 
-def test_another_tokenizer_is_refused_with_the_reason(teacher, tmp_path):
-    make(teacher, tmp_path / "store")
-    store = open_store(tmp_path / "store")
-    store.check_tokenizer(tokenizer_fingerprint(teacher[0].tokenizer))
+def test_a_shard_may_have_no_row(tmp_path):
+    """All of its documents were left out."""
+    for layout in LAYOUTS:
+        config, items = config_of("head-tail", layout=layout), sequences(4)
+        synthetic_store(tmp_path / layout, config, items, shard_size=2)
+        path = tmp_path / layout
+        path.joinpath("manifest.json").unlink()
+        write_shard(path / shard_name(1), header_of(config), [], [])
+        tokens = sum(len(item.labelled) for item in items[:2])
+        Draft(path, "soft-labels", {}, {}).finish(summary={"tokens": tokens, "rows": [2, 0]})
+        store = open_store(path)
+        assert [s.digest for s in store] == [item.digest for item in items[:2]]
+        assert store.verify() == []
+        assert len(store.lengths) == len(store.labelled_counts) == 2
+
+
+def rewrite(path, items, entries, config, **summary):
+    """A shard and the manifest that vouches for it, made anew as a careless tool would."""
+    manifest = Artifact.open(path).manifest
+    (path / "manifest.json").unlink()
+    write_shard(path / shard_name(0), header_of(config), items, entries)
+    draft = Draft(path, manifest.kind, manifest.config, manifest.inputs)
+    return draft.finish(summary={**manifest.summary, **summary})
+
+
+def shifted(item):
+    """The labels of an item as if they belonged to the tokens one further on."""
+
+    class Other(TokenSequence):
+        digest = item.digest
+
+    return Other(item.document_id, np.roll(item.token_ids, 1), item.labelled)
+
+
+def moved(item):
+    class Other(TokenSequence):
+        digest = item.digest
+
+    return Other(item.document_id, item.token_ids, item.labelled - 1)
+
+
+@pytest.mark.parametrize("change", [shifted, moved])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shifted_tokens_or_positions_are_found(tmp_path, layout, change):
+    config = config_of("head-tail", layout=layout)
+    items = [TokenSequence("d", i.token_ids, i.labelled[1:]) for i in sequences(8)]
+    items = [item for item in items if len(item.labelled)]
+    entries = [random_labels(config, item, VOCABULARY) for item in items]
+    synthetic_store(tmp_path / "s", config, items, entries=entries)
+    rewrite(tmp_path / "s", [items[0], change(items[1]), *items[2:]], entries, config)
+    (problem,) = open_store(tmp_path / "s").verify()
+    assert "sequence 1 of document d" in problem
+    assert "digest" in problem
+
+
+def test_a_manifest_that_counts_otherwise_is_found(tmp_path):
+    config, items = config_of("sampled"), sequences(3)
+    entries = [random_labels(config, item, VOCABULARY) for item in items]
+    synthetic_store(tmp_path / "s", config, items, entries=entries)
+    rewrite(tmp_path / "s", items, entries, config, tokens=7)
+    (problem,) = open_store(tmp_path / "s").verify()
+    assert "the manifest says 7" in problem
+    rewrite(tmp_path / "s", items, entries, config, rows=[4])
+    with pytest.raises(InputError, match="3 sequences, the manifest says 4"):
+        open_store(tmp_path / "s")[0]
+
+
+@pytest.mark.parametrize("rows", [None, [], ["x"]])
+def test_a_store_without_shards_is_refused(tmp_path, rows):
+    config, items = config_of("sampled"), sequences(1)
+    synthetic_store(tmp_path / "s", config, items)
+    rewrite(tmp_path / "s", [], [], config, rows=rows)
+    with pytest.raises(InputError, match="without a shard"):
+        open_store(tmp_path / "s")
+
+
+def test_shards_of_other_settings_or_formats_are_refused(tmp_path):
+    config, items = config_of("head-tail"), sequences(4)
+    synthetic_store(tmp_path / "s", config, items, shard_size=2)
+    other = config_of("head-tail", threshold=0.2)
+    entries = [random_labels(other, item, VOCABULARY) for item in items[2:]]
+    write_shard(tmp_path / "s" / shard_name(1), header_of(other), items[2:], entries)
+    with pytest.raises(InputError, match="other settings than shard 0"):
+        open_store(tmp_path / "s")[2]
+    table = pq.read_table(tmp_path / "s" / shard_name(0))
+    pq.write_table(table, tmp_path / "s" / shard_name(0))  # as another tool would
+    with pytest.raises(InputError, match=r"labels-00000\.parquet: cannot be read: its footer"):
+        open_store(tmp_path / "s")
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    synthetic_store(tmp_path / "s", config_of("sampled"), sequences(1))
+    store = open_store(tmp_path / "s")
+    store.check_tokenizer("synthetic")
     with pytest.raises(InputError, match="another tokenizer"):
         store.check_tokenizer("0" * 64)
 
 
-def test_a_flipped_byte_is_found(teacher, tmp_path):
-    make(teacher, tmp_path / "store")
-    shard = tmp_path / "store" / "labels-00000.parquet"
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    assert any("sha256" in p for p in open_store(tmp_path / "store").verify())
-
-
-@pytest.mark.parametrize("at", [0, 50, -20])
-def test_a_damaged_shard_is_named(teacher, tmp_path, at):
-    make(teacher, tmp_path / "store")
-    shard = tmp_path / "store" / "labels-00000.parquet"
-    data = bytearray(shard.read_bytes())
-    data[at:] = b"" if at else b"not parquet at all"
-    shard.write_bytes(data)
-    with pytest.raises(InputError, match=r"labels-00000\.parquet: cannot be read"):
-        list(open_store(tmp_path / "store"))
-
-
-def test_an_unfinished_store_does_not_open(teacher, tmp_path):
-    make(teacher, tmp_path / "store")
-    (tmp_path / "store" / "manifest.json").unlink()
+def test_an_unfinished_store_does_not_open_and_a_moved_one_is_the_same(tmp_path):
+    made = synthetic_store(tmp_path / "s", config_of("sampled"), sequences(2))
+    (tmp_path / "s").rename(tmp_path / "t")
+    assert open_store(tmp_path / "t").artifact.digest == made.digest
+    (tmp_path / "t" / "manifest.json").unlink()
     with pytest.raises(InputError, match="not a finished artifact"):
-        open_store(tmp_path / "store")
-
-
-def test_broken_probabilities_name_the_document(teacher, tmp_path):
-    model, fingerprint = teacher
-    weight = model.head_VH.detach()
-    saved = weight[7].clone()
-    try:
-        weight[7] = float("nan")
-        with pytest.raises(WorkFailed, match="doc0"):
-            capture(model, fingerprint, sequences(1), SoftLabelsConfig(), tmp_path / "store")
-    finally:
-        weight[7] = saved
-    assert not (tmp_path / "store" / "manifest.json").exists()
-
-
-def test_empty_and_too_long_input_is_refused_before_any_work(teacher, tmp_path):
-    with pytest.raises(InputError, match="nothing to capture"):
-        make(teacher, tmp_path / "store", None, [])
-    ids = np.zeros(teacher[0].max_length + 1, np.int32)
-    with pytest.raises(InputError, match="context"):
-        make(teacher, tmp_path / "store", None, [TokenSequence("long", ids, ids[:1])])
-    assert not (tmp_path / "store").exists()
-
-
-def test_shards_cover_every_sequence_once(monkeypatch):
-    monkeypatch.setattr(capture_module, "SHARD_TOKENS", 100)
-    labelled = np.random.default_rng(0).integers(1, 70, 57).tolist()
-    shards = list(plan_shards(labelled))
-    assert [i for s in shards for i in range(s.start, s.stop)] == list(range(57))
-    assert all(sum(labelled[s]) >= 100 for s in shards[:-1])
-
-
-def test_no_tensor_of_the_whole_vocabulary_and_length(teacher, tmp_path, monkeypatch):
-    """The head is never applied to more rows than a chunk holds."""
-    import seodang.causal_lm as module
-
-    monkeypatch.setattr(module, "LOGITS_BYTES", 16 * 4 * teacher[0].vocab_size)
-    rows = []
-    original = CausalLM.logits
-    monkeypatch.setattr(
-        CausalLM, "logits", lambda self, h: (rows.append(len(h)), original(self, h))[1]
-    )
-    make(teacher, tmp_path / "store")
-    assert rows
-    assert max(rows) <= 16
-
-
-def test_moving_a_store_keeps_its_identity(teacher, tmp_path):
-    artifact = make(teacher, tmp_path / "store")
-    shutil.move(tmp_path / "store", tmp_path / "moved")
-    assert open_store(tmp_path / "moved").artifact.digest == artifact.digest
+        open_store(tmp_path / "t")

@@ -31,7 +31,8 @@ from seodang.causal_lm import (
 from seodang.errors import InputError
 from seodang.packages import find_fetched
 from seodang.recipe import TeacherConfig
-from seodang.teacher.local import teacher_config, teacher_directory, teacher_source
+from seodang.teacher.local import teacher_directory, teacher_source
+from seodang.teacher.named import teacher_config
 from tiny import CHATML, tiny_teacher, tiny_tokenizer
 
 

@@ -8,17 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seodang.causal_lm import CausalLM, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from seodang.causal_lm import CausalLM, load_tokenizer, tokenizer_fingerprint
+from seodang.corpus.sequences import observed_tokens
 from seodang.errors import InputError, WorkFailed
 from seodang.recipe import SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
 from seodang.student import train as train_module
-from seodang.student.batch import batch_loss, observed_tokens
+from seodang.student.batch import batch_loss
 from seodang.student.initialise import choose_layers, depth_pruned, without_block
 from seodang.student.train import plan_batches, schedule, train
-from test_store import sequences
+from seodang.teacher.local import LocalTeacher
 from tiny import tiny_teacher
+from tiny_store import sequences
 
 CONFIG = StudentConfig(layers=2, epochs=2, batch_tokens=96, learning_rate=3e-3, checkpoint_steps=4)
 
@@ -31,9 +33,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(teacher, tmp_path_factory):
     out = tmp_path_factory.mktemp("labels") / "store"
-    artifact = capture(
-        CausalLM.load(teacher), model_fingerprint(teacher), sequences(16), SoftLabelsConfig(), out
-    )
+    artifact = capture(LocalTeacher(teacher), sequences(16), SoftLabelsConfig(), out)
     return SoftLabelStore(artifact)
 
 
@@ -67,10 +67,8 @@ def test_the_batch_loss_is_that_of_each_position_alone(teacher, store):
 
 @pytest.mark.parametrize("estimator", ["residual", "top-k"])
 def test_residual_labels_are_trained_with_their_own_loss(teacher, tmp_path, monkeypatch, estimator):
-    model = CausalLM.load(teacher)
     config = SoftLabelsConfig(estimator=estimator, k=4)
-    fingerprint = model_fingerprint(teacher)
-    artifact = capture(model, fingerprint, sequences(4), config, tmp_path / "store")
+    artifact = capture(LocalTeacher(teacher), sequences(4), config, tmp_path / "store")
     used = []
 
     def watched(*arguments):
@@ -156,7 +154,7 @@ def test_labels_of_other_tokens_are_refused(teacher, store, tmp_path, monkeypatc
 
     sequence = store[0]
     shifted = dataclasses.replace(sequence, token_ids=np.roll(sequence.token_ids, 1))
-    monkeypatch.setattr(SoftLabelStore, "__iter__", lambda self: iter([shifted]))
+    monkeypatch.setattr(SoftLabelStore, "__getitem__", lambda self, index: shifted)
     with pytest.raises(InputError, match="digest"):
         train(store, teacher, CONFIG, tmp_path / "s")
 

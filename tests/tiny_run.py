@@ -72,7 +72,7 @@ def tiny_recipe(folder: Path, documents: int = 40, **changes: Any) -> Path:
             "max_length": 64,
         },
         "teacher": {"path": "teacher", "license": "CC0-1.0"},
-        "soft_labels": {"head": 4, "draws": 4},
+        "soft_labels": {"threshold": 0.1},
         "student": {
             "layers": 2,
             "epochs": 2,

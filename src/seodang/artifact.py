@@ -5,6 +5,10 @@ the same stage may resume. The digest of an artifact is its identity: it covers 
 config, the digests of the inputs and the files that a second run would reproduce bit for bit.
 Files that hold measurements (speeds, a signature) are marked ``reproducible: false``: they are
 checked by ``verify`` like every other, and left out of the identity.
+
+The manifest has a checksum of its own content, so that damage to any part of an artifact is found.
+Whoever means to change it can compute a new one: against intent there is the signature of a
+release.
 """
 
 from __future__ import annotations
@@ -66,6 +70,22 @@ class Manifest(BaseModel):
     sources: list[Source]
     software: dict[str, str]
     summary: dict[str, Any] = {}
+    checksum: str
+
+    @classmethod
+    def make(cls, **content: Any) -> Self:
+        """The manifest with this content and its checksum."""
+        manifest = cls(**content, checksum="")
+        return manifest.model_copy(update={"checksum": manifest.content_checksum()})
+
+    def content_checksum(self) -> str:
+        """SHA-256, in hexadecimal, of the canonical JSON of everything but ``checksum``."""
+        content = json.loads(self.model_dump_json(exclude={"checksum"}))
+        return sha256_bytes(canonical_json(content))
+
+    def to_bytes(self) -> bytes:
+        """The content of ``manifest.json``: the only way in which it is written."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -139,8 +159,8 @@ class Artifact:
     def open(cls, path: Path | str, kind: str | None = None) -> Self:
         """Open a finished artifact.
 
-        Raises ``InputError`` if there is no manifest, if it cannot be read, if it is of another
-        ``kind`` or of a schema that this version does not know.
+        Raises ``InputError`` if there is no manifest, if it cannot be read or is not as it was
+        written, if it is of another ``kind`` or of a schema that this version does not know.
         """
         path = Path(path)
         file = path / MANIFEST
@@ -159,6 +179,11 @@ class Artifact:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole file"
             raise InputError(f"{file}: {where}: {first['msg']}") from None
+        if data != manifest.to_bytes() or manifest.checksum != manifest.content_checksum():
+            raise InputError(
+                f"{file}: changed after it was written; bring the original back, or delete {path} "
+                "and run the command that makes it again"
+            )
         if kind is not None and manifest.kind != kind:
             raise InputError(f"{path}: this is a {manifest.kind!r} artifact, not {kind!r}")
         return cls(path, manifest)
@@ -228,7 +253,7 @@ class Draft:
         manifest = self.manifest(
             sources=sources, summary=summary, measured=measured, ignore=temporary
         )
-        data = manifest.model_dump_json(indent=1).encode() + b"\n"
+        data = manifest.to_bytes()
         if sign is not None:
             sign(data)
         write_atomically(self.path / MANIFEST, data)
@@ -259,7 +284,7 @@ class Draft:
                         reproducible=name not in measured,
                     )
                 )
-        return Manifest(
+        return Manifest.make(
             kind=self.kind,
             config=self.config,
             inputs=self.inputs,

@@ -7,22 +7,19 @@ failed, 2 bad usage or input, 130 interrupted.
 from __future__ import annotations
 
 import _thread
-import functools
 import io
-import json
 import os
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from seodang.errors import InputError, SeodangError, WorkFailed
-
-P = ParamSpec("P")
+from seodang.cli_labels import labels_app, show_store
+from seodang.cli_output import AsJson, print_json, report_problems, reported
+from seodang.errors import InputError
 
 
 class Commands(TyperGroup):
@@ -48,14 +45,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-labels_app = typer.Typer(no_args_is_help=True, help="Look at a soft-label store.")
 release_app = typer.Typer(no_args_is_help=True, help="Check a release.")
 keys_app = typer.Typer(no_args_is_help=True, help="Signing keys.")
 app.add_typer(labels_app, name="labels")
 app.add_typer(release_app, name="release")
 app.add_typer(keys_app, name="keys")
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
 def main() -> None:
@@ -86,50 +80,6 @@ def keep_ctrl_c() -> None:
             sys.__unraisablehook__(dropped)
 
     sys.unraisablehook = deliver_again
-
-
-def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn what a command raises into a message for people and an exit code."""
-
-    @functools.wraps(command)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        message, code = "", 0
-        try:
-            command(*args, **kwargs)
-        except SeodangError as error:
-            message, code = str(error), error.exit_code
-        except KeyboardInterrupt:
-            message, code = "stopped; run the same command again and it continues", 130
-        except BrokenPipeError:
-            code = 1
-        except Exception as error:
-            message, code = fault_of_the_machine(error), 1
-            if not message:
-                raise
-        if message:
-            if kwargs.get("as_json"):
-                print_json({"error": message, "exit_code": code})
-            print(f"seodang: {message}", file=sys.stderr)
-        if code:
-            raise typer.Exit(code)
-
-    return wrapper
-
-
-def fault_of_the_machine(error: Exception) -> str:
-    """What to say about a full disk, or a file that may not be read or written; else nothing."""
-    where = getattr(error, "filename", None)
-    if "No space left on device" in str(error):
-        at = f" (writing {where})" if where else ""
-        return f"the disk is full{at}: free some space and run the same command again; it continues"
-    if isinstance(error, OSError) and where:
-        return f"{where}: {error.strerror}"
-    return ""
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Print the one object that ``--json`` promises."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def show_version(value: bool) -> None:
@@ -249,125 +199,56 @@ def fetch(
 @app.command()
 @reported
 def capture(
-    teacher: Annotated[str, typer.Option(help="Model directory, or package:NAME.")],
+    teacher: Annotated[str, typer.Option(help="Model directory, package:NAME, or server URL.")],
     corpus: Annotated[Path, typer.Option(help='JSONL of {"text": ...} or {"messages": ...}.')],
     out: Annotated[Path, typer.Option(help="Directory of the store.")],
+    model: Annotated[str | None, typer.Option(help="The model's name on the server.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory of the served model's tokenizer.")
+    ] = None,
     estimator: Annotated[
         str, typer.Option(help="head-tail, sampled, residual or top-k.")
     ] = "head-tail",
+    threshold: Annotated[
+        float | None, typer.Option(help="Probability from which head-tail keeps every id.")
+    ] = None,
     k: Annotated[int | None, typer.Option(help="Entries of top-k and residual.")] = None,
-    head: Annotated[int | None, typer.Option(help="Exact entries of head-tail.")] = None,
-    draws: Annotated[int | None, typer.Option(help="Draws of sampled and head-tail.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws of sampled.")] = None,
     layout: Annotated[str, typer.Option(help="fast, or small.")] = "fast",
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Cut documents into windows of so many tokens.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    unusable: Annotated[
+        str, typer.Option(help="A sequence that cannot be labelled: refuse, or skip it.")
+    ] = "refuse",
+    ray: Annotated[
+        str | None, typer.Option(help="Share the work on a Ray cluster: its address, or local.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a teacher over a corpus once and keep its soft labels."""
     from seodang.recipe import soft_labels_from_options
 
     config = soft_labels_from_options(
-        estimator=estimator, k=k, head=head, draws=draws, layout=layout, seed=seed
+        estimator=estimator,
+        threshold=threshold,
+        k=k,
+        draws=draws,
+        layout=layout,
+        seed=seed,
+        unusable=unusable,
     )
-    from seodang.causal_lm import CausalLM, model_fingerprint
     from seodang.corpus.readers import read_jsonl
-    from seodang.corpus.sequences import tokenize
+    from seodang.corpus.sequences import tokenize_all
     from seodang.softlabels.capture import capture as capture_labels
-    from seodang.teacher.local import teacher_config, teacher_directory, teacher_source
+    from seodang.teacher.named import named_teacher
 
     documents = list(read_jsonl(corpus))
-    chosen = teacher_config(teacher)
-    directory = teacher_directory(chosen)
-    model = CausalLM.load(directory)
-    window = max_length or sys.maxsize
-    sequences = [s for d in documents for s in tokenize(d, model.tokenizer, window)]
-    source = teacher_source(chosen)
-    artifact = capture_labels(
-        model, model_fingerprint(directory), sequences, config, out, sources=[source]
-    )
+    chosen, source = named_teacher(teacher, model, tokenizer)
+    sequences = tokenize_all(documents, chosen.tokenizer, max_length or sys.maxsize)
+    artifact = capture_labels(chosen, sequences, config, out, sources=[source], ray=ray)
     show_store(artifact.path, as_json)
-
-
-def show_store(path: Path, as_json: bool) -> None:
-    """Print what a store is."""
-    from seodang.softlabels.show import describe
-
-    found = describe(path)
-    if as_json:
-        print_json(found)
-        return
-    for name, value in found.items():
-        shown = f"{value:,.1f}" if isinstance(value, float) else value
-        if name == "sources":
-            shown = ", ".join(f"{s['name']} ({s['license']})" for s in value) or "none"
-        print(f"{name:<16} {shown}")
-
-
-@labels_app.command("inspect")
-@reported
-def labels_inspect(
-    store: Annotated[Path, typer.Argument(help="Directory of the store.")], as_json: AsJson = False
-) -> None:
-    """Say what a store holds and what a token costs."""
-    show_store(store, as_json)
-
-
-@labels_app.command("verify")
-@reported
-def labels_verify(
-    store: Annotated[Path, typer.Argument(help="Directory of the store.")], as_json: AsJson = False
-) -> None:
-    """Check every file, token and weight of a store; exit 1 if something is wrong."""
-    from seodang.artifact import Artifact
-    from seodang.softlabels.store import open as open_store
-
-    artifact = Artifact.open(store, "soft-labels")
-    try:
-        problems = open_store(store).verify()
-    except InputError:  # a damaged file may not even open
-        problems = artifact.verify()
-        if not problems:
-            raise
-    report_problems(store, problems, as_json)
-
-
-@labels_app.command("show")
-@reported
-def labels_show(
-    store: Annotated[Path, typer.Argument(help="Directory of the store.")],
-    sequence: Annotated[int, typer.Option(help="Which sequence.")] = 0,
-    positions: Annotated[int, typer.Option(min=0, help="How many positions.")] = 20,
-    top: Annotated[int, typer.Option(min=0, help="Entries of a position that are shown.")] = 4,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Model directory whose tokenizer spells the ids.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show the labels of one sequence: each token and what the teacher expected after it."""
-    from seodang.causal_lm import load_tokenizer, tokenizer_fingerprint
-    from seodang.softlabels.show import label_rows
-    from seodang.softlabels.store import open as open_store
-
-    opened = open_store(store)
-    if not -len(opened) <= sequence < len(opened):
-        raise InputError(f"{store}: has sequences 0 to {len(opened) - 1}, not {sequence}")
-    spell: Callable[[int], str] = str
-    if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer)
-        opened.check_tokenizer(tokenizer_fingerprint(loaded))
-        spell = lambda token: str(loaded.decode([token]))  # noqa: E731
-    chosen = opened[sequence]
-    rows = label_rows(chosen, spell, positions, top)
-    if as_json:
-        print_json({"document": chosen.document_id, "digest": chosen.digest, "positions": rows})
-        return
-    print(f"document {chosen.document_id}, {len(chosen.labelled)} labelled tokens")
-    for row in rows:
-        entries = "  ".join(f"{e['token']!r} {e['weight']:.3f}" for e in row["entries"])
-        token = repr(row["token"])
-        print(f"{row['position']:>5} {token:<18} {row['entropy']:5.2f} nats -> {entries}")
 
 
 @release_app.command("verify")
@@ -381,20 +262,6 @@ def release_verify(
     from seodang.release.verify import verify
 
     report_problems(release, verify(release, public_key), as_json)
-
-
-def report_problems(path: Path, problems: list[str], as_json: bool) -> None:
-    """Print the outcome of a verification; raises ``WorkFailed`` if there is a problem."""
-    if as_json:
-        print_json({"path": str(path), "verified": not problems, "problems": problems})
-    if problems:
-        text = f"{path}: verification failed:\n  " + "\n  ".join(problems)
-        if not as_json:
-            raise WorkFailed(text)
-        print(f"seodang: {text}", file=sys.stderr)
-        raise typer.Exit(1)
-    if not as_json:
-        print(f"{path}: verified")
 
 
 @keys_app.command("new")

@@ -62,7 +62,7 @@ def run(recipe: Recipe, out: Path) -> RunResult:
 
 def _run(recipe: Recipe, out: Path) -> RunResult:
     _check_needs(recipe)
-    from seodang.causal_lm import CausalLM, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+    from seodang.causal_lm import load_tokenizer, tokenizer_fingerprint
     from seodang.corpus.build import build, read_sequences
     from seodang.evaluation.evaluate import METRICS, evaluate
     from seodang.release import bundle
@@ -70,6 +70,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
     from seodang.softlabels.capture import capture
     from seodang.softlabels.store import SoftLabelStore
     from seodang.student.train import train
+    from seodang.teacher import open_teacher
     from seodang.teacher.local import teacher_directory, teacher_source
 
     result = RunResult(out)
@@ -94,8 +95,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
 
     def make_labels(path: Path) -> Artifact:
         return capture(
-            CausalLM.load(teacher),
-            model_fingerprint(teacher),
+            open_teacher(recipe.teacher),
             read_sequences(corpus.path, "train"),
             recipe.soft_labels,
             path,

@@ -124,9 +124,22 @@ class CorpusConfig(Section):
 
 
 class TeacherConfig(Origin):
-    """A local Hugging Face directory (``path``), or a pinned ``package`` that holds a model."""
+    """A local Hugging Face directory (``path``), or a pinned ``package`` that holds a model.
+
+    With ``server`` the labels come from a server that runs the same model.
+    """
 
     license: str | None = Field(None, description="for the cards")
+    server: str | None = Field(
+        None, pattern="^https?://", description="address of a vLLM server's API, ends in /v1"
+    )
+    model: str | None = Field(None, description="the model's name on that server")
+
+    @model_validator(mode="after")
+    def _server_has_a_model(self) -> Self:
+        if (self.server is None) != (self.model is None):
+            raise ValueError("`server` and `model` belong together")
+        return self
 
 
 class SoftLabelsConfig(Section):
@@ -136,35 +149,34 @@ class SoftLabelsConfig(Section):
     k: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         None, description="entries of top-k and residual (default 16)"
     )
-    head: Annotated[int, Field(ge=0, le=65535)] | None = Field(
-        None, description="exact entries of head-tail (default 8)"
+    threshold: Annotated[float, Field(ge=1e-4, le=0.5)] | None = Field(
+        None, description="probability from which head-tail keeps every id (default 0.06)"
     )
     draws: Annotated[int, Field(ge=1, le=255)] | None = Field(
-        None, description="draws of sampled (default 50) and of head-tail's tail (default 8)"
+        None, description="draws of sampled (default 50)"
     )
-    layout: Layout = Field("fast", description="records as they are, or compressed")
+    layout: Layout = Field("fast", description="records to slice (fast), or entropy-coded (small)")
     seed: int = Field(0, ge=0, description="of the draws")
+    unusable: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="what to do with a sequence that cannot be labelled: stop, or report and go on",
+    )
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> Self:
-        used = {"top-k": {"k"}, "residual": {"k"}, "sampled": {"draws"}}.get(
-            self.estimator, {"head", "draws"}
-        )
-        for key in ("k", "head", "draws"):
-            if getattr(self, key) is not None and key not in used:
+        used = {"head-tail": "threshold", "sampled": "draws"}.get(self.estimator, "k")
+        for key in ("k", "threshold", "draws"):
+            if getattr(self, key) is not None and key != used:
                 raise ValueError(f"`{key}` has no meaning for the estimator {self.estimator}")
         return self
 
-    def parameters(self) -> dict[str, int]:
+    def parameters(self) -> dict[str, int | float]:
         """The estimator's own parameters, defaults filled in."""
-        if self.estimator in ("top-k", "residual"):
-            return {"k": 16 if self.k is None else self.k}
+        if self.estimator == "head-tail":
+            return {"threshold": 0.06 if self.threshold is None else self.threshold}
         if self.estimator == "sampled":
             return {"draws": 50 if self.draws is None else self.draws}
-        return {
-            "head": 8 if self.head is None else self.head,
-            "draws": 8 if self.draws is None else self.draws,
-        }
+        return {"k": 16 if self.k is None else self.k}
 
 
 def soft_labels_from_options(**options: Any) -> SoftLabelsConfig:

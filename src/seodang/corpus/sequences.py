@@ -8,9 +8,9 @@ the tokens that end its turn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,18 @@ from seodang.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+UNOBSERVED = -100  # no token; what torch's losses ignore
+
+
+class Labelled(Protocol):
+    """Whatever has tokens and labelled positions."""
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]: ...  # noqa: D102
+    @property
+    def labelled(self) -> npt.NDArray[np.int32]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +47,12 @@ class TokenSequence:
         """SHA-256, in hexadecimal, of the token ids, ``|`` and the labelled positions (as <i4)."""
         token_ids, labelled = (a.astype("<i4").tobytes() for a in (self.token_ids, self.labelled))
         return hashlib.sha256(token_ids + b"|" + labelled).hexdigest()
+
+
+def observed_tokens(sequence: Labelled) -> npt.NDArray[np.int64]:
+    """The token that follows each labelled position, (L,) int64; -100 after the last token."""
+    following = np.append(sequence.token_ids[1:], UNOBSERVED).astype(np.int64)
+    return following[sequence.labelled]
 
 
 def tokenize(
@@ -59,6 +77,22 @@ def tokenize(
         TokenSequence(document.id, ids[window], np.flatnonzero(wanted[window]).astype(np.int32))
         for window in windows
         if wanted[window].any()
+    ]
+
+
+def tokenize_all(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[TokenSequence]:
+    """The windows of all documents in order; of one without any labelled token, an empty one.
+
+    So whoever labels them can say which documents gave nothing.
+    """
+    nothing = np.empty(0, np.int32)
+    return [
+        sequence
+        for document in documents
+        for sequence in tokenize(document, tokenizer, max_length)
+        or [TokenSequence(document.id, nothing, nothing)]
     ]
 
 

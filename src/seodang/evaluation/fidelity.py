@@ -23,10 +23,9 @@ import numpy.typing as npt
 import torch
 
 from seodang.causal_lm import CausalLM, length_batches, row_chunks
-from seodang.corpus.sequences import TokenSequence
+from seodang.corpus.sequences import TokenSequence, observed_tokens
 from seodang.errors import WorkFailed
 from seodang.progress import track
-from seodang.student.batch import observed_tokens
 
 Float = npt.NDArray[np.float64]
 

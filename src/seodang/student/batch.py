@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from seodang.causal_lm import pad
-from seodang.corpus.sequences import TokenSequence
+from seodang.corpus.sequences import observed_tokens
 from seodang.softlabels.store import SoftLabelSequence
-from seodang.student.losses import IGNORE, LossTerms, sparse_kd_terms
+from seodang.student.losses import LossTerms, sparse_kd_terms
 
 Objective = Literal["soft-labels", "cross-entropy"]
 
@@ -53,9 +52,3 @@ def batch_loss(
         bias=getattr(head, "bias", None),
         residual=residual,
     )
-
-
-def observed_tokens(sequence: SoftLabelSequence | TokenSequence) -> npt.NDArray[np.int64]:
-    """The token that follows each labelled position, (L,) int64; -100 after the last token."""
-    following = np.append(sequence.token_ids[1:], IGNORE).astype(np.int64)
-    return following[sequence.labelled]

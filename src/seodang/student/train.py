@@ -31,7 +31,7 @@ from seodang.causal_lm import (
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say, track
 from seodang.recipe import StudentConfig
-from seodang.softlabels.store import SoftLabelStore, check_tokens
+from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore, check_tokens
 from seodang.student import checkpoint
 from seodang.student.batch import Objective, batch_loss
 from seodang.student.initialise import check_layers, choose_layers, depth_pruned
@@ -78,12 +78,9 @@ def train(
     if isinstance(draft, Artifact):
         return draft
 
-    sequences = list(store)
-    for sequence in sequences:
-        if problem := check_tokens(sequence):
-            raise InputError(f"{store.path}: document {sequence.document_id}: {problem}")
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    batches = plan_batches(lengths, config.batch_tokens, config.epochs, config.seed)
+    if problems := store.artifact.verify():
+        raise InputError(f"{store.path}: " + "; ".join(problems))
+    batches = plan_batches(store.lengths.tolist(), config.batch_tokens, config.epochs, config.seed)
 
     start = draft.path / START
     if not start.exists():
@@ -106,7 +103,7 @@ def train(
     if step:
         say(f"Continuing from step {step} of {len(batches)}")
 
-    tokens = [sum(len(sequences[i].labelled) for i in batch) for batch in batches]
+    tokens = [int(store.labelled_counts[batch].sum()) for batch in batches]
     residual = store.estimator == "residual"
     name = "Training the student" if objective == "soft-labels" else "Training the baseline"
     with (
@@ -115,7 +112,7 @@ def train(
         track(name, sum(tokens), "tok", sum(tokens[:step])) as advance,
     ):
         while step < len(batches):
-            batch = [sequences[i] for i in batches[step]]
+            batch = [checked(store, i) for i in batches[step]]
             rate = config.learning_rate * schedule(step, len(batches), config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -160,6 +157,14 @@ def train(
         "tokens": sum(tokens),
     }
     return draft.finish(sources=sources, summary=summary, temporary=[CHECKPOINTS])
+
+
+def checked(store: SoftLabelStore, index: int) -> SoftLabelSequence:
+    """A sequence whose labels belong to its tokens; raises ``InputError`` if they do not."""
+    sequence = store[index]
+    if problem := check_tokens(sequence):
+        raise InputError(f"{store.path}: document {sequence.document_id}: {problem}")
+    return sequence
 
 
 def plan_batches(

@@ -6,6 +6,7 @@ safetensors, an artifact like every other.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ import torch
 from filelock import FileLock
 
 from seodang.artifact import Artifact, Source, begin
-from seodang.causal_lm import quiet_transformers
+from seodang.causal_lm import CausalLM, load_tokenizer, model_fingerprint, quiet_transformers
 from seodang.errors import InputError
-from seodang.packages import PackagePin, cache_directory, find_fetched, open_package
+from seodang.packages import PackagePin, cache_directory, open_package
 from seodang.progress import say
 from seodang.recipe import TeacherConfig
 
@@ -27,17 +28,58 @@ EXTRACTED = "gguf"  # where the package's file lies while it is read
 CONVERSION = 1  # raised when the same archive would give other files than before
 
 
-def teacher_config(name: str) -> TeacherConfig:
-    """The configuration of a teacher named on the command line: a directory or ``package:NAME``.
+class LocalTeacher:
+    """A Hugging Face directory as a teacher; its weights are loaded when they are first needed."""
 
-    Raises ``InputError`` if it is neither.
-    """
-    if name.startswith("package:"):
-        pin = find_fetched(name.removeprefix("package:"))
-        return TeacherConfig(package=pin.package, version=pin.version, sha256=pin.sha256)
-    if not Path(name).is_dir():
-        raise InputError(f"teacher {name}: no such directory (a package is named package:NAME)")
-    return TeacherConfig(path=str(Path(name).resolve()))
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @cached_property
+    def model(self) -> CausalLM:
+        """The loaded model; raises ``InputError`` as :meth:`CausalLM.load` does."""
+        return CausalLM.load(self.directory)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The directory's own tokenizer."""
+        return load_tokenizer(self.directory)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The identity of the weights."""
+        return model_fingerprint(self.directory)
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return read_config(self.directory)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of outputs."""
+        return int(self.config.vocab_size)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", 2**31))
+
+
+def read_config(directory: Path) -> Any:
+    """The configuration of the language model in a directory; ``InputError`` if there is none."""
+    from transformers import AutoConfig
+
+    quiet_transformers()
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: no config.json; name a Hugging Face model directory")
+    try:
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a broken file raises nearly anything
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{directory}: config.json cannot be read: {reason}") from None
+    return config.get_text_config()
 
 
 def teacher_source(config: TeacherConfig) -> Source:
