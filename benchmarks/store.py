@@ -6,13 +6,15 @@
 Entries are synthetic (vocabulary 163,840, about 9 entries a token, ids by Zipf's law), of
 sequences of --length tokens. The rivals hold the same ids and weights: Parquet lists with zstd
 (what axolotl and distilabel write), Parquet lists without compression, and a NumPy file for each
-sequence. One process, one thread; the best of --repeats; ratios are to the layout `fast`.
+sequence. One process, one thread; the best of --repeats; ratios are to the layout `fast`, or to the
+smallest store. Memory is what the reader takes beside the pages of the files, after it has opened
+every shard. A small store is read from the processor's cache, a large one from memory: random
+reading feels that.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import tempfile
 import time
@@ -143,6 +145,12 @@ def against_others(tokens: int, length: int, repeats: int) -> None:
         shutil.rmtree(folder)
 
 
+def anonymous_memory() -> float:
+    """MiB of this process that are not pages of a file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
 def grow(sizes: list[int], length: int, layout: str, repeats: int) -> None:
     print(f"layout {layout}, sequences of {length}, synthetic")
     print(
@@ -153,6 +161,7 @@ def grow(sizes: list[int], length: int, layout: str, repeats: int) -> None:
         folder = Path(tempfile.mkdtemp())
         try:
             write_store(folder / "store", size, length, layout)
+            before = anonymous_memory()
             start = time.perf_counter()
             store = open_store(folder / "store")
             opening = 1e3 * (time.perf_counter() - start)
@@ -163,7 +172,7 @@ def grow(sizes: list[int], length: int, layout: str, repeats: int) -> None:
             shuffled = rng.integers(0, len(store), some).tolist()
             _ = store.lengths  # a reader in random order has opened every shard once
             speeds = [rate(store.__getitem__, o, length, repeats) for o in (order, shuffled)]
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            memory = anonymous_memory() - before
             row = [store.bytes_per_token, *speeds]
             first = first or row
             print(

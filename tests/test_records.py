@@ -89,7 +89,8 @@ def test_planes_of_another_length_are_refused(seed, vocabulary):
     counts, ids, codes, _ = random_sequence(rng, 4, vocabulary, 64, 5)
     planes = Planes(vocabulary, 64)
     record = np.frombuffer(planes.encode(counts, ids, codes), np.uint8)
-    for changed in (record[:-1], np.append(record, np.uint8(0)), record[:6]):
+    longer = [np.append(record, np.zeros(n, np.uint8)) for n in (1, planes.entry_bytes)]
+    for changed in (record[:-1], *longer, record[:6]):
         with pytest.raises(ValueError, match=r"not that of its planes|dtype"):
             planes.decode(changed, 4)
 
