@@ -123,7 +123,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(teacher, tmp_path):
     """SIGKILL to real processes, again and again until one gets through; shards are kept."""
     path = filter(None, [str(HERE), os.environ.get("PYTHONPATH")])
     result = subprocess.run(
-        [sys.executable, HERE / "killed_capture.py", teacher.directory, tmp_path, "4"],
+        [sys.executable, HERE / "killed_capture.py", teacher.directory, tmp_path, "3"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -132,7 +132,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(teacher, tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["wrong"] == []
-    assert found["killed"] >= 4
+    assert found["killed"] >= 3
     assert found["partial"] >= 1  # with some shards finished and others not
     assert found["files"] > 5
 

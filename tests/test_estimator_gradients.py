@@ -89,7 +89,7 @@ def dense_gradient(teacher, hidden, head):
     return np.concatenate([(difference @ w).reshape(-1), (difference.T @ h).reshape(-1)])
 
 
-def bias_in_standard_errors(estimator, disturbed, repeats=1500):
+def bias_in_standard_errors(estimator, disturbed, repeats=800):
     teacher, hidden, head = student_of(disturbed)
     full = dense_gradient(teacher, hidden, head)
     found = np.array([gradients(estimator, teacher, hidden, head, s) for s in range(repeats)])

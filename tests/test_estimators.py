@@ -32,7 +32,7 @@ from tiny_store import (
 ONE = 1 << 30  # a kept id, in the phases of `spread`
 T = PARAMETERS["head-tail"]["threshold"]
 N = PARAMETERS["sampled"]["draws"]
-REPEATS = 3000
+REPEATS = 2000
 
 
 def positions_of(vocabulary, seed=1):
@@ -87,8 +87,6 @@ def bernstein(variance, width, cells, repeats=REPEATS):
 def test_drawn_estimators_are_unbiased_quantisation_included(estimator, vocabulary):
     p, bias, _, _ = estimates(estimator, vocabulary)
     variance, _, width = moments(estimator, p)
-    if estimator == "sampled":  # a mean of N draws each
-        width = width / N
     assert (np.abs(bias) <= bernstein(variance, width, p.size)).all()
     mass = np.abs(bias.sum(1))  # the weights of a position sum to 1 in the mean
     assert (mass <= bernstein(variance.sum(1), 1, len(p))).all()
@@ -129,7 +127,7 @@ def test_truncation_is_biased_by_the_whole_tail(estimator):
 @pytest.mark.parametrize("estimator", UNBIASED)
 def test_a_store_keeps_them_unbiased(tmp_path, estimator, layout):
     """Each repetition is a sequence of a store, written and read."""
-    repeats, vocabulary = 1200, 200
+    repeats, vocabulary = 800, 200
     logits, config = positions_of(vocabulary)[1:4], config_of(estimator, layout=layout)
     p = probabilities(logits)
     items = [s for s in sequences(4 * repeats, longest=6) if len(s.labelled) == 3][:repeats]
@@ -142,7 +140,6 @@ def test_a_store_keeps_them_unbiased(tmp_path, estimator, layout):
         total += dense(counts, found.ids, found.weights, vocabulary)
     variance, _, width = moments(estimator, p)
     bound = bernstein(variance, width, p.size, repeats)
-    assert repeats > 500
     assert (np.abs(total / repeats - p) <= bound).all()
 
 
@@ -158,7 +155,7 @@ def test_an_id_is_kept_with_its_probability_at_every_position():
     """Though the decisions are spread along the sequence: late positions as much as early ones."""
     logits = torch.cat([positions_of(40), positions_of(40, seed=9), positions_of(40)])
     share = np.minimum(1, probabilities(logits) / T)
-    repeats, kept = 6000, np.zeros_like(share)
+    repeats, kept = 4000, np.zeros_like(share)
     p = torch.softmax(logits, -1)
     rng = np.random.default_rng(3)
     for _ in range(repeats):

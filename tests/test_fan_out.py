@@ -123,20 +123,36 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> LocalTeacher:
     return LocalTeacher(path)
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def shards(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.parquet"))}
+
+
+def test_what_a_worker_refuses_arrives_as_it_is(
+    cluster: str, teacher: LocalTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a cluster that runs already; shards that were finished by then are kept."""
     monkeypatch.setattr(capture_module, "SHARD_TOKENS", 60)
-
-
-def clean(count: int) -> list[TokenSequence]:
-    found = sequences(count)
-    for item in found:
+    ids = np.array([5, POISON, 6], np.int32)
+    items = sequences(24)
+    for item in items:
         item.token_ids[item.token_ids == POISON] = POISON + 1
-    return found
+    items.append(TokenSequence("poisoned", ids, np.arange(3, dtype=np.int32)))
+    idle = LocalTeacher(teacher.directory)
+    with pytest.raises(WorkFailed, match=r"^document poisoned: .*not finite.*shards are kept"):
+        capture(idle, items, SoftLabelsConfig(), tmp_path / "many", ray=cluster)
+    assert "model" not in vars(idle)  # the teacher was in the workers alone
+    with pytest.raises(WorkFailed, match="document poisoned"):
+        capture(teacher, items, SoftLabelsConfig(), tmp_path / "one")
+    made, expected = shards(tmp_path / "many"), shards(tmp_path / "one")
+    assert made
+    assert made.items() <= expected.items()
+    assert not (tmp_path / "many" / "manifest.json").exists()
 
 
-def content(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "nowhere.invalid:6379"])
+def test_a_cluster_that_is_not_there(teacher: LocalTeacher, tmp_path: Path, address: str) -> None:
+    with pytest.raises(InputError, match=f"Ray cluster {address}: "):
+        capture(teacher, sequences(2), SoftLabelsConfig(), tmp_path / "s", ray=address)
 
 
 class KillAWorker(threading.Thread):
@@ -160,71 +176,36 @@ class KillAWorker(threading.Thread):
             time.sleep(0.005)
 
 
-def test_two_workers_of_which_one_is_killed_give_the_bytes_of_one_process(
-    cluster: str, teacher: LocalTeacher, tmp_path: Path
+def test_a_local_cluster_of_which_a_worker_is_killed_gives_the_bytes_of_one_process(
+    teacher: LocalTeacher, tmp_path: Path
 ) -> None:
-    items, config = clean(24), SoftLabelsConfig(seed=1)
-    capture(teacher, items, config, tmp_path / "one")
-    assert len(content(tmp_path / "one")) > 5
-    idle = LocalTeacher(teacher.directory)
-    killer = KillAWorker(f"cluster-{os.getpid()}")
+    """Through the command line, which leaves nothing running and keeps Ray quiet."""
+    lines = TEXT.splitlines() * 60
+    corpus, mark = tmp_path / "documents.jsonl", f"local-{os.getpid()}"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    killer = KillAWorker(mark)
     killer.start()
-    capture(idle, items, config, tmp_path / "many", ray=cluster)
-    killer.stopped.set()
-    killer.join()
-    assert killer.killed is not None
-    assert not psutil.pid_exists(killer.killed)
-    assert content(tmp_path / "many") == content(tmp_path / "one")
-    assert "model" not in vars(idle)  # the teacher was in the workers alone
-
-
-def test_what_a_worker_refuses_arrives_as_it_is(
-    cluster: str, teacher: LocalTeacher, tmp_path: Path
-) -> None:
-    ids = np.array([5, POISON, 6], np.int32)
-    items = [*clean(12), TokenSequence("poisoned", ids, np.arange(3, dtype=np.int32))]
-    with pytest.raises(WorkFailed, match=r"^document poisoned: .*not finite.*shards are kept"):
-        capture(teacher, items, SoftLabelsConfig(), tmp_path / "s", ray=cluster)
-    assert not (tmp_path / "s" / "manifest.json").exists()
-
-
-def test_a_teacher_that_the_workers_cannot_load(
-    cluster: str, teacher: LocalTeacher, tmp_path: Path
-) -> None:
-    broken = Path(shutil.copytree(teacher.directory, tmp_path / "broken"))
-    weights = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(weights[:1000])
-    with pytest.raises(InputError, match="the model cannot be loaded"):
-        capture(LocalTeacher(broken), clean(3), SoftLabelsConfig(), tmp_path / "s", ray=cluster)
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "nowhere.invalid:6379"])
-def test_a_cluster_that_is_not_there(teacher: LocalTeacher, tmp_path: Path, address: str) -> None:
-    with pytest.raises(InputError, match=f"Ray cluster {address}: "):
-        capture(teacher, clean(2), SoftLabelsConfig(), tmp_path / "s", ray=address)
-
-
-def test_the_command_starts_a_local_cluster_and_leaves_nothing_running(
-    teacher: LocalTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus = tmp_path / "documents.jsonl"
-    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines()))
-    mark = f"local-{os.getpid()}"
     done = seodang(
         *("capture", "--teacher", teacher.directory, "--corpus", corpus, "--json"),
         *("--out", tmp_path / "many", "--ray", "local", "--unusable", "skip"),
         env={MARK: mark},
     )
+    killer.stopped.set()
+    killer.join()
     left = of_this_test(mark)
     end(left)
     assert done.returncode == 0, done.stderr
+    assert killer.killed is not None
     assert left == []
-    assert json.loads(done.stdout)["sequences"] == len(open_store(tmp_path / "many"))
-    for line in done.stderr.splitlines():  # and Ray says nothing
-        assert line.startswith(("left out: document ", "Capturing soft labels: "))
-    monkeypatch.undo()  # shards as large as in a process of its own
+    ours = "left out: document ", "Capturing soft labels: "
+    theirs = [line for line in done.stderr.splitlines() if not line.startswith(ours)]
+    assert all("(raylet)" in line for line in theirs)  # the killed worker is reported
+    sources = open_store(tmp_path / "many").artifact.manifest.sources
     items = tokenize_all(read_jsonl(corpus), teacher.tokenizer, sys.maxsize)
     skip = SoftLabelsConfig(unusable="skip")
-    sources = open_store(tmp_path / "many").artifact.manifest.sources
     capture(teacher, items, skip, tmp_path / "one", sources=sources)
-    assert content(tmp_path / "many") == content(tmp_path / "one")
+    assert len(shards(tmp_path / "one")) > 2
+    assert shards(tmp_path / "many") == shards(tmp_path / "one")
+    assert json.loads(done.stdout)["sequences"] == len(open_store(tmp_path / "one"))
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("many", "one")]
+    assert manifests[0] == manifests[1]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,9 @@ def make_shards(
     :func:`seodang.softlabels.capture.make_shard` raises in a worker.
     """
     ray = _connect(address)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))  # Ray reports a worker's death there
+        stack.callback(ray.shutdown)
         threads = _threads(ray)
         make = ray.remote(num_cpus=threads, max_retries=-1)(_make)
         workers = max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
@@ -65,8 +69,6 @@ def make_shards(
                 raise result
             yield number, result
             advance(sum(len(s.labelled) for s in parts[number]))
-    finally:
-        ray.shutdown()
 
 
 def _connect(address: str) -> Any:
