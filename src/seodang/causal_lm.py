@@ -119,6 +119,8 @@ class CausalLM:
                 ignore_mismatched_sizes=True,  # refused below, in words
             )
         except Exception as error:  # broken files raise nearly anything
+            if _was_ctrl_c(error):
+                raise KeyboardInterrupt from None
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{directory}: the model cannot be loaded: {reason}") from None
         model, report = loaded
@@ -202,6 +204,15 @@ class CausalLM:
         with torch.inference_mode():
             hidden_BTH = self.body(ids, use_cache=False).last_hidden_state
         return [hidden_BTH[i, : len(s)] for i, s in enumerate(sequences)]
+
+
+def _was_ctrl_c(error: BaseException | None) -> bool:
+    """Whether Ctrl-C stands behind an error, as when it hits an extension being imported."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def pad(sequences: Sequence[TokenIds]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import io
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -63,7 +64,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers; we show our own progress
     keep_ctrl_c()
-    app()
+    try:
+        app()
+    finally:  # what is left is leaving; one that is delivered again must not change the exit code
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def keep_ctrl_c() -> None:

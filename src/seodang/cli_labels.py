@@ -41,9 +41,15 @@ def labels_inspect(store: Store, as_json: AsJson = False) -> None:
 @reported
 def labels_verify(store: Store, as_json: AsJson = False) -> None:
     """Check every file, token and weight of a store; exit 1 if something is wrong."""
-    from seodang.artifact import Artifact
+    from seodang.artifact import MANIFEST, Artifact
     from seodang.softlabels.store import open as open_store
 
+    try:
+        Artifact.open(store)
+    except InputError as error:
+        if not (store / MANIFEST).is_file():
+            raise
+        report_problems(store, [str(error)], as_json)
     artifact = Artifact.open(store, "soft-labels")
     try:
         problems = open_store(store).verify()

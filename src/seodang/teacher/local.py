@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXTRACTED = "gguf"  # where the package's file lies while it is read
 
-CONVERSION = 1  # raised when the same archive would give other files than before
+CONVERSION = 2  # raised when the same archive would give other files than before
 
 
 class LocalTeacher:
@@ -105,7 +105,8 @@ def teacher_directory(config: TeacherConfig) -> Path:
     if pin is None:
         assert config.path is not None
         return Path(config.path)
-    folder = cache_directory() / "teachers" / f"{pin.package}-{pin.version}-{pin.sha256[:16]}"
+    name = f"{pin.package}-{pin.version}-{pin.sha256[:16]}-{CONVERSION}"
+    folder = cache_directory() / "teachers" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         draft = begin(
