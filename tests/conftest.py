@@ -3,7 +3,17 @@
 import os
 import signal
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# A shell that starts a job in the background makes it ignore SIGINT, and so all of its children.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def processes_heed_ctrl_c() -> None:
+    """Undo what children would inherit: a SIGINT that is ignored.
+
+    A shell makes its background jobs ignore it, and the command does so as it leaves (some tests
+    run it in this process).
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
