@@ -189,21 +189,82 @@ def soft_labels_from_options(**options: Any) -> SoftLabelsConfig:
         raise InputError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
 
 
-class StudentConfig(Section):
-    """The student's shape and its training."""
+class VocabularyConfig(Section):
+    """A vocabulary smaller than the teacher's: how many entries, or how much of the corpus."""
 
-    layers: int = Field(gt=0, description="teacher layers that are kept")
+    trim: int | None = Field(None, ge=257, description="entries that are kept, all told")
+    keep: float | None = Field(
+        None, gt=0, le=1, description="share of the corpus' tokens that stay single tokens"
+    )
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.trim is None) == (self.keep is None):
+            raise ValueError("name exactly one of `trim` and `keep`")
+        return self
+
+
+class OnPolicyConfig(Section):
+    """A last stage on the student's own words, scored by the teacher."""
+
+    rounds: int = Field(1, gt=0, description="times of generating, scoring and training")
+    prompts: int = Field(64, gt=0, description="prompts of a round, from the training documents")
+    max_new_tokens: int = Field(64, gt=0, description="of an answer")
+    temperature: float = Field(1.0, gt=0, description="of the student when it answers")
+    k: int = Field(32, ge=1, le=65535, description="ids that the teacher scores at each position")
+    divergence: Literal["reverse-kl", "jsd"] = Field("reverse-kl", description="what is minimised")
+    learning_rate: float = Field(1e-4, gt=0, description="of AdamW, at its highest")
+
+
+class StudentConfig(Section):
+    """The student's shape, where it starts, and its training."""
+
+    start: Literal["pruned", "scratch"] = Field(
+        "pruned", description="with the weights of the model it is cut from, or random ones"
+    )
+    path: str | None = Field(
+        None,
+        description="model directory to start from; its tokenizer must be the teacher's "
+        "(default: the teacher)",
+    )
+    layers: int | None = Field(None, gt=0, description="layers that are kept (default: all)")
+    hidden_size: int | None = Field(None, gt=0, description="width that is kept")
+    intermediate_size: int | None = Field(None, gt=0, description="neurons kept of each MLP")
+    heads: int | None = Field(None, gt=0, description="attention heads kept of each layer")
+    experts: int | None = Field(None, gt=0, description="routed experts kept of each layer")
+    reduce_experts: Literal["drop", "merge"] = Field(
+        "drop", description="leave the other experts out, or average them into those kept"
+    )
+    vocabulary: VocabularyConfig | None = Field(None, description="a trimmed vocabulary")
     epochs: int = Field(1, gt=0, description="times that every sequence is seen")
     batch_tokens: int = Field(1024, gt=0, description="tokens of one optimizer step, about")
+    micro_batch_tokens: int | None = Field(
+        None, gt=0, description="tokens of one forward pass, about (default: the whole batch)"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="of the learning rate: cosine, or warm-up, stable, decay"
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(0.2, gt=0, lt=1, description="share of the steps, of wsd")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
+        "forward-kl", description="from the teacher; all but the first need residual labels"
+    )
     cross_entropy_weight: float = Field(
         0.1, ge=0, le=1, description="of the observed tokens, beside the soft labels"
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products; weights and optimizer stay float32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations twice instead of keeping them"
+    )
     seed: int = Field(0, ge=0, description="of the order of the batches")
     checkpoint_steps: int = Field(25, gt=0, description="steps between two checkpoints")
+    keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints that stay")
+    on_policy: OnPolicyConfig | None = Field(None, description="a last stage on its own words")
 
 
 class EvaluationConfig(Section):

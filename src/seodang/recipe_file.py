@@ -259,5 +259,9 @@ def _resolve_paths(recipe: Recipe, reader: _Reader) -> Recipe:
     if teacher.path is not None:
         target = str(resolve(teacher.path, ("teacher", "path"))[0])
         teacher = teacher.model_copy(update={"path": target})
+    student = recipe.student
+    if student.path is not None:
+        target = str(resolve(student.path, ("student", "path"))[0])
+        student = student.model_copy(update={"path": target})
     corpus = recipe.corpus.model_copy(update={"sources": sources})
-    return recipe.model_copy(update={"corpus": corpus, "teacher": teacher})
+    return recipe.model_copy(update={"corpus": corpus, "teacher": teacher, "student": student})

@@ -73,7 +73,7 @@ def train(
     used = {**config.model_dump(exclude={"checkpoint_steps"}), "objective": objective}
     if layers is not None:
         used["kept_layers"] = list(layers)
-    check_layers(teacher, config.layers)
+    check_layers(teacher, config.layers or 1)
     draft = begin(out, "student", used, inputs)
     if isinstance(draft, Artifact):
         return draft
@@ -84,7 +84,7 @@ def train(
 
     start = draft.path / START
     if not start.exists():
-        kept = choose_layers(teacher, store, config.layers) if layers is None else list(layers)
+        kept = choose_layers(teacher, store, config.layers or 1) if layers is None else list(layers)
         write_atomically(start, json.dumps({"kept_layers": kept}).encode() + b"\n")
     kept = json.loads(start.read_bytes())["kept_layers"]
     device = default_device()
