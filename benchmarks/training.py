@@ -1,11 +1,12 @@
-"""Which estimator makes the better student? The same corpus, start, batches and steps for each.
+"""Which labels make the better student? The same corpus, start, batches and steps for each.
 
     python benchmarks/training.py runs/cs --layers 16 --tokens 8000
 
 `runs/cs` is a finished run: its corpus is captured anew with each estimator (`small` layout) and a
-student is trained on it by the soft labels alone. Prints bytes per token of the store and the
-student's KL to the teacher's full distributions on held-out text, in nats per token, and the ratio
-to `sampled` with 50 draws. --seeds repeats draws and order of the batches.
+student is trained on it by the soft labels alone. `full` is what all of them stand for: the
+teacher in memory, and its full distribution at every position of every step. Prints bytes per
+token of the store and the student's KL to the teacher's full distributions on held-out text, in
+nats per token, and the ratio to `full`. --seeds repeats draws and order of the batches.
 """
 
 from __future__ import annotations
@@ -15,27 +16,64 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
 
 from seodang.artifact import Artifact
-from seodang.causal_lm import CausalLM
+from seodang.causal_lm import CausalLM, row_chunks
 from seodang.corpus.build import read_sequences
 from seodang.evaluation.fidelity import measure
 from seodang.recipe import SoftLabelsConfig, StudentConfig, TeacherConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
-from seodang.student.train import train
+from seodang.student import train as training
+from seodang.student.loop import Plan, run
+from seodang.student.losses import LossTerms
+from seodang.student.packing import Pack, hidden_states, use_packed_attention
+from seodang.student.parallel import Processes
+from seodang.student.plan import plan_steps
+from seodang.student.start import build_start, choose_start
 from seodang.teacher.local import LocalTeacher, teacher_directory
 
 ESTIMATORS = {
-    "sampled 50": {"estimator": "sampled", "draws": 50},
+    "full": {"estimator": "top-k", "k": 1},  # only the tokens are used
     "head-tail 0.06": {"estimator": "head-tail", "threshold": 0.06},
     "head-tail 0.12": {"estimator": "head-tail", "threshold": 0.12},
-    "sampled 16": {"estimator": "sampled", "draws": 16},
+    "sampled 50": {"estimator": "sampled", "draws": 50},
     "residual 16": {"estimator": "residual", "k": 16},
     "top-k 16": {"estimator": "top-k", "k": 16},
+    "top-k 9": {"estimator": "top-k", "k": 9},
+    "top-k 7": {"estimator": "top-k", "k": 7},
 }
+
+
+class FullDistillation(torch.nn.Module):
+    """The cross-entropy to the teacher's full distribution, chunk by chunk."""
+
+    def __init__(self, model: Any, teacher: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.teacher = [teacher]  # in a list, so that it is not trained
+
+    def forward(self, batch: Pack) -> LossTerms:
+        (teacher,) = self.teacher
+        hidden_NH = hidden_states(self.model, batch)
+        with torch.no_grad():
+            reference_NH = hidden_states(teacher, batch)
+        head, reference_head = (m.get_output_embeddings().weight for m in (self.model, teacher))
+
+        def loss(rows: torch.Tensor, head: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+            p = torch.softmax(reference @ reference_head.T, -1)
+            return -(p * torch.log_softmax(rows @ head.T, -1)).sum()
+
+        total = sum(
+            checkpoint(loss, hidden_NH[part], head, reference_NH[part], use_reentrant=False)
+            for part in row_chunks(len(batch.rows), head.shape[0])
+        )
+        return LossTerms(total, total.detach(), torch.zeros(()))
 
 
 def main() -> None:
@@ -45,6 +83,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--held-out", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=list(ESTIMATORS), help="names of the rows")
     options = parser.parse_args()
 
     def take(split: str, tokens: int) -> list:
@@ -60,35 +99,58 @@ def main() -> None:
     corpus = Artifact.open(options.run / "corpus")
     directory = teacher_directory(TeacherConfig(**recipe["teacher"]))
     teacher = LocalTeacher(directory)
+    packed = training.load_student(directory)
+    use_packed_attention(packed)
     text, held_out = take("train", options.tokens), take("held_out", options.held_out)
     folder = Path(tempfile.mkdtemp())
-    kept = None
+    choice = None
     print(f"{sum(len(s.labelled) for s in text):,} tokens, {options.layers} layers")
-    print(f"{'estimator':<16} {'B/token':>8} {'KL':>8} {'top-1':>7}  ratio of KL", flush=True)
+    print(f"{'labels':<16} {'B/token':>8} {'KL':>8} {'top-1':>7}  ratio of KL", flush=True)
     reference = None
+
+    def student(name: str, store: SoftLabelStore, config: StudentConfig) -> CausalLM:
+        model = build_start(directory, config, choice).train()
+        use_packed_attention(model)
+        module: torch.nn.Module
+        if name == "full":
+            module = FullDistillation(model, packed)
+        else:
+            residual = store.estimator == "residual"
+            module = training.Distillation(model, config, "soft-labels", residual)
+        lengths = store.lengths.tolist()
+        steps = plan_steps(lengths, config.batch_tokens, config.epochs, config.seed)
+        plan = Plan(
+            tokens=[sum(lengths[i] for i in step) for step in steps],
+            labelled=[int(store.labelled_counts[step].sum()) for step in steps],
+            packs=lambda step: [[training.checked(store, i) for i in steps[step]]],
+        )
+        here = Processes(0, 1, torch.device("cpu"))
+        run(f"Training on {name}", module, plan, config, folder / "student", here)
+        shutil.rmtree(folder / "student")
+        model.set_attn_implementation("sdpa")
+        return CausalLM(model.eval(), teacher.tokenizer)
+
     try:
-        for name, settings in ESTIMATORS.items():
+        for name in options.only:
             found = []
             for seed in range(options.seeds):
-                config = SoftLabelsConfig(layout="small", seed=seed, **settings)
-                labels = capture(teacher, text, config, folder / "labels")
-                store = SoftLabelStore(labels)
-                student = train(
-                    store,
-                    directory,
-                    StudentConfig(
-                        layers=options.layers, batch_tokens=512, cross_entropy_weight=0.0, seed=seed
-                    ),
-                    folder / "student",
-                    layers=kept,
+                config = SoftLabelsConfig(layout="small", seed=seed, **ESTIMATORS[name])
+                store = SoftLabelStore(capture(teacher, text, config, folder / "labels"))
+                shape = StudentConfig(
+                    layers=options.layers,
+                    batch_tokens=512,
+                    cross_entropy_weight=0.0,
+                    seed=seed,
+                    checkpoint_steps=10**6,
                 )
-                kept = student.manifest.summary["kept_layers"]  # the same start for all
-                models = {"student": CausalLM.load(student.path)}
+                choice = choice or choose_start(directory, store, shape)  # the same for all
+                (folder / "student").mkdir(exist_ok=True)
+                models = {"student": student(name, store, shape)}
                 figures = measure(teacher.model, models, held_out, 15)[0]["student"]
                 found.append((figures["kl"], figures["top1_agreement"]))
             kl, agreement = np.mean(found, 0)
             reference = reference or kl
-            size = store.bytes_per_token
+            size = float("nan") if name == "full" else store.bytes_per_token
             row = f"{name:<16} {size:>8.1f} {kl:>8.4f} {agreement:>7.1%}  {kl / reference:.3f}"
             print(row + "   " + " ".join(f"{k:.4f}" for k, _ in found), flush=True)
     finally:

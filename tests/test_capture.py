@@ -19,7 +19,7 @@ from seodang.errors import InputError, WorkFailed
 from seodang.recipe import SoftLabelsConfig
 from seodang.softlabels import capture as capture_module
 from seodang.softlabels import open as open_store
-from seodang.softlabels.capture import capture, make_shard, plan_shards
+from seodang.softlabels.capture import capture, capture_each, make_shard, plan_shards
 from seodang.softlabels.labelling import generator
 from seodang.softlabels.shards import ENTROPY_STEP, HEAD_MASS_STEP
 from seodang.teacher.local import LocalTeacher
@@ -148,8 +148,65 @@ def test_shards_do_not_depend_on_when_and_by_whom_they_are_made(
     order = random.sample(range(len(parts)), len(parts))
     for number in order[:4]:
         someone = LocalTeacher(teacher.directory)
-        data = make_shard(someone, header, parts[number], config, lambda tokens: None)
+        (data,) = make_shard(someone, parts[number], [(header, config)], lambda tokens: None)
         assert data == (made.path / f"labels-{number:05d}.parquet").read_bytes()
+
+
+def test_stores_of_one_pass_are_those_of_their_own_captures(
+    teacher, tmp_path, small_shards, monkeypatch
+):
+    configs = {
+        "top-k": SoftLabelsConfig(estimator="top-k", k=5),
+        "residual": SoftLabelsConfig(estimator="residual", k=40, layout="small"),
+        "sampled": SoftLabelsConfig(estimator="sampled", draws=20),
+        "head-tail": SoftLabelsConfig(),
+        "another seed": SoftLabelsConfig(seed=1),
+    }
+    items, seen = sequences(20), []
+    for name, config in configs.items():
+        capture(teacher, items, config, tmp_path / "alone" / name)
+    forward = CausalLM.hidden_states
+    monkeypatch.setattr(
+        CausalLM, "hidden_states", lambda self, s: seen.extend(s) or forward(self, s)
+    )
+    stores = {tmp_path / "one pass" / name: config for name, config in configs.items()}
+    capture_each(teacher, items, stores)
+    assert len(seen) == len(items)
+    for name in configs:
+        assert content(tmp_path / "one pass" / name) == content(tmp_path / "alone" / name)
+
+
+def test_each_store_of_a_pass_resumes_by_itself(teacher, tmp_path, small_shards, monkeypatch):
+    items = sequences(20)
+    stores = {
+        tmp_path / "together" / "a": SoftLabelsConfig(),
+        tmp_path / "together" / "b": SoftLabelsConfig(estimator="top-k"),
+    }
+    made = []
+
+    def stop_at_the_third(tokens):
+        made.append(tokens)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_each(teacher, items, stores, shard_made=stop_at_the_third)
+    first, second = stores
+    assert len(list(first.glob("*.parquet"))) == len(list(second.glob("*.parquet"))) == 2
+    (second / "labels-00001.parquet").unlink()  # as if killed between the two files of a shard
+    done = {f: f.stat().st_mtime_ns for f in first.glob("*.parquet")}
+    shards = list(plan_shards([len(s.labelled) for s in items]))
+    seen = []
+    forward = CausalLM.hidden_states
+    monkeypatch.setattr(
+        CausalLM, "hidden_states", lambda self, s: seen.extend(s) or forward(self, s)
+    )
+    capture_each(teacher, items, stores)
+    assert len(seen) == sum(len(items[shard]) for shard in shards[1:])
+    assert done == {f: f.stat().st_mtime_ns for f in done}
+    for out, config in stores.items():
+        capture(teacher, items, config, tmp_path / "alone" / out.name)
+        assert content(out) == content(tmp_path / "alone" / out.name)
 
 
 def test_draws_follow_content_and_seed(teacher, tmp_path):

@@ -18,9 +18,7 @@ from seodang.errors import InputError
 from seodang.recipe import StudentConfig
 from seodang.softlabels import open as open_store
 from seodang.softlabels.shards import read_footer
-from seodang.student import train as train_module
-from seodang.student.batch import batch_loss
-from seodang.student.train import train
+from seodang.student.train import Distillation, train
 from tiny import tiny_teacher
 from tiny_store import LAYOUTS, config_of, sequences, synthetic_store
 
@@ -177,7 +175,7 @@ def test_training_stops_at_a_flipped_bit_anywhere(trainable, teacher, tmp_path):
         file = random.choice(files)
         bit = random.randrange(8 * file.stat().st_size)
         with flipped(file, bit), pytest.raises(InputError, match=file.name):
-            train(open_store(trainable), teacher, CONFIG, tmp_path / str(number), layers=[0])
+            train(open_store(trainable), teacher, CONFIG, tmp_path / str(number))
         assert not (tmp_path / str(number) / "training.jsonl").exists()
 
 
@@ -189,9 +187,9 @@ def test_training_stops_at_damage_that_comes_while_it_runs(
     shard = trainable / "labels-00001.parquet"
     saved = shard.read_bytes()
     end = in_place_bits(shard, "record")
-    steps = []
+    steps, forward = [], Distillation.forward
 
-    def damages(*arguments):
+    def damages(self, batch):
         steps.append(1)
         if len(steps) == 2:
             data = bytearray(saved)
@@ -199,11 +197,11 @@ def test_training_stops_at_damage_that_comes_while_it_runs(
                 data[byte] ^= 1
             with shard.open("r+b") as file:
                 file.write(data)
-        return batch_loss(*arguments)
+        return forward(self, batch)
 
-    monkeypatch.setattr(train_module, "batch_loss", damages)
+    monkeypatch.setattr(Distillation, "forward", damages)
     with pytest.raises(InputError, match=r"labels-00001.parquet: row \d+: damaged"):
-        train(open_store(trainable), teacher, CONFIG, tmp_path / "s", layers=[0])
+        train(open_store(trainable), teacher, CONFIG, tmp_path / "s")
     assert 2 <= len(steps) < np.ceil(sum(len(s.token_ids) for s in sequences(24, longest=20)) / 32)
     with shard.open("r+b") as file:
         file.write(saved)

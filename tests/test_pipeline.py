@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from seodang.artifact import MANIFEST, WORK, Artifact
+from seodang.evaluation.on_policy import helps
 from tiny_run import command, digests, seodang, tiny_recipe
 
 STAGES = ("corpus", "soft-labels", "student", "cross-entropy", "evaluation", "release")
@@ -190,7 +191,10 @@ def test_killed_again_and_again_the_run_ends_the_same(recipe, finished, tmp_path
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            if wait_for((out / stage / WORK).exists, process):
+            loaded = Path(f"/proc/{process.pid}/maps")
+            if wait_for((out / stage / WORK).exists, process) and wait_for(
+                lambda maps=loaded: "libtorch" in maps.read_text(), process
+            ):
                 time.sleep(wait)
             process.send_signal(kind)
             _, stderr = process.communicate(timeout=120)
@@ -253,3 +257,49 @@ def test_what_is_not_here_is_said_before_any_work(recipe, tmp_path):
     assert done.returncode == 2
     assert "seodang fetch" in done.stderr
     assert not (tmp_path / "out" / "corpus").exists()
+
+
+SMALL = "student.vocabulary={trim: 400}"
+OWN_WORDS = "student.on_policy={prompts: 6, max_new_tokens: 8, k: 8, learning_rate: 0.001}"
+
+
+def test_a_trimmed_student_that_learns_from_its_own_words_is_released(recipe, copied):
+    """The vocabulary, the on-policy stage, the evaluation of both, GGUF and signature."""
+    settings = ["--set", SMALL, "--set", OWN_WORDS, "--set", "gate.beats={}"]
+    done, result = run_json(recipe, copied, *settings)
+    assert done.returncode == 0, done.stderr
+    assert not result["stages"]["soft-labels"]["ran"]  # one capture serves every student
+    assert result["partition"] == "first pieces in 400 kept entries of 600"
+    judged = result["on_policy"]
+    assert judged["kept"] == helps(judged["before"], judged["after"])[0]
+    other = "before_on_policy" if judged["kept"] else "after_on_policy"
+    assert set(result["models"]) == {"teacher", "student", "untrained", "cross_entropy", other}
+    kept, released = copied / ("on-policy" if judged["kept"] else "student"), copied / "release"
+    weights = (kept / "model.safetensors").read_bytes()
+    assert (released / "model.safetensors").read_bytes() == weights
+    assert json.loads((released / "config.json").read_bytes())["vocab_size"] == 400
+    assert judged["reason"] in (copied / "evaluation" / "report.html").read_text()
+    assert "first pieces" in (released / "README.md").read_text()
+    report = Artifact.open(copied / "student").manifest.summary["vocabulary"]
+    assert report["entries"] == 400
+    assert report["moved_mass"] > 0 == report["lost_mass"]
+    assert len(list(released.glob("*.gguf"))) == 2
+    assert not list(released.glob("*.jsonl")) + list(released.glob("events*"))
+    _, repeated = run_json(recipe, copied, *settings)
+    assert not any(stage["ran"] for stage in repeated["stages"].values())
+    assert repeated["on_policy"] == judged
+
+
+def test_a_sweep_compares_students_of_one_capture(recipe, tmp_path):
+    out = tmp_path / "sweep"
+    arguments = ["sweep", recipe, "--out", out, "--vary", "student.layers=1,2", "--json"]
+    done = seodang(*arguments)
+    assert done.returncode == 0, done.stderr
+    students = json.loads(done.stdout)["students"]
+    assert [row["error"] for row in students] == [None, None]
+    assert students[0]["parameters"] < students[1]["parameters"]
+    people = seodang(*arguments[:-1])
+    assert "2 students from one capture" in people.stdout
+    refused = seodang("sweep", recipe, "--out", tmp_path / "no", "--vary", "student.layer=1,2")
+    assert refused.returncode == 2
+    assert "nearest valid key: `layers`" in refused.stderr

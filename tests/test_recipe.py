@@ -142,7 +142,7 @@ WRONG = {
     ),
     "empty section": (
         changed("student:\n  layers: 2\n", "student:\n"),
-        "recipe.yaml:20: `student` must be a section with the keys layers, epochs",
+        "recipe.yaml:20: `student` must be a section with the keys start, path, layers",
     ),
     "text for a number": (
         changed("layers: 2", "layers: two"),
@@ -352,7 +352,14 @@ OVERRIDES = {
     "student.layers": "write it as section.key=value",
     "=3": "write it as section.key=value",
     "student.layers=many": "`student.layers`: Input should be a valid integer (found 'many')",
-    "student.layers=": "`student.layers`: Input should be a valid integer (found None)",
+    "student.epochs=": "`student.epochs`: Input should be a valid integer (found None)",
+    "student.vocabulary={trim: 8192, keep: 0.9}": "`student.vocabulary`: "
+    "name exactly one of `trim` and `keep`",
+    "student.vocabulary={trims: 8192}": "unknown key `student.vocabulary.trims`; "
+    "nearest valid key: `trim`",
+    "student.on_policy={divergence: forward-kl}": "`student.on_policy.divergence`: "
+    "Input should be 'reverse-kl' or 'jsd'",
+    "student.path=gone": "`student.path`: no file at gone",
     "student.layers=[1": "the value is not valid YAML",
     "student.layers=!!int x": "the value is not valid YAML",
     "teacher=&a [*a]": "the value is not valid YAML",
@@ -372,6 +379,13 @@ def test_a_wrong_override_names_itself(folder: Path, setting: str) -> None:
     message = refusal(folder, settings=[setting])
     assert message.startswith(f"--set {setting}: {OVERRIDES[setting]}")
     assert "recipe.yaml" not in message
+
+
+def test_sections_that_do_not_fit_together_are_refused(folder: Path) -> None:
+    message = refusal(folder, settings=["student.divergence=jsd"])
+    assert message.startswith("recipe.yaml:1: `student.divergence` jsd needs the teacher's prob")
+    assert "set `soft_labels.estimator` to residual" in message
+    load(folder, settings=["student.divergence=jsd", "soft_labels.estimator=residual"])
 
 
 def test_overrides_change_the_recipe_in_order(folder: Path) -> None:

@@ -50,6 +50,7 @@ METRICS = {  # synthetic: no model has these figures
     },
     "calibration": {},
     "held_out": {"documents": 4, "positions": 321},
+    "partition": "full vocabulary of 600",
     "gate": {
         "passed": True,
         "checks": [

@@ -53,6 +53,20 @@ def test_pre_tokenizer_is_recognised_by_its_structure(step: Any, name: str | Non
     assert gguf.pre_tokenizer(with_pre_tokenizer(step)) == name
 
 
+@pytest.mark.parametrize(("digits", "name"), [("{1,3}", "llama-bpe"), ("", "qwen2")])
+def test_llama_3_and_qwen_are_recognised_by_their_pattern(digits: str, name: str) -> None:
+    content = with_pre_tokenizer(BYTE_LEVEL)
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [gguf._split(digits)]}
+    assert gguf.pre_tokenizer(content) is None
+    content["pre_tokenizer"]["pretokenizers"].append(gguf._BYTES)
+    content["model"]["ignore_merges"] = name == "llama-bpe"
+    assert gguf.pre_tokenizer(content) == name
+    composed = content | {"normalizer": {"type": "NFC"}}
+    assert gguf.pre_tokenizer(composed) == (name if name == "qwen2" else None)
+    content["model"]["ignore_merges"] = name != "llama-bpe"
+    assert gguf.pre_tokenizer(content) is None
+
+
 def test_a_tokenizer_that_normalises_text_is_not_gpt_2() -> None:
     content = with_pre_tokenizer(BYTE_LEVEL) | {"normalizer": {"type": "Lowercase"}}
     assert gguf.pre_tokenizer(content) is None

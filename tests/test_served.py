@@ -30,6 +30,8 @@ from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError, WorkFailed
 from seodang.machine import Memory
+from seodang.recipe import SoftLabelsConfig
+from seodang.softlabels.capture import capture, capture_each
 from seodang.teacher import parity, served
 from seodang.teacher.prompt_logprobs import read_prompt_logprobs
 from seodang.teacher.served import IN_FLIGHT, ServedTeacher
@@ -240,6 +242,25 @@ def test_the_whole_vocabulary_may_be_asked_for(teacher: ServedTeacher) -> None:
     ((_, ids, log_probs),) = teacher.top_log_probs(sequences(1), teacher.vocab_size)
     assert (np.sort(ids, 1) == np.arange(teacher.vocab_size)).all()
     np.testing.assert_allclose(np.exp(log_probs.astype(float)).sum(1), 1, atol=1e-5)
+
+
+def test_stores_of_one_pass_are_those_of_their_own_captures(
+    teacher: ServedTeacher, vllm: Vllm, tmp_path: Path
+) -> None:
+    configs = {
+        "few": SoftLabelsConfig(estimator="residual", k=3),
+        "many": SoftLabelsConfig(estimator="top-k", k=9),
+    }
+    items = sequences()
+    for name, config in configs.items():
+        capture(teacher, items, config, tmp_path / "alone" / name)
+    vllm.requests.clear()
+    stores = {tmp_path / "one pass" / name: config for name, config in configs.items()}
+    capture_each(teacher, items, stores)
+    assert {request.get("prompt_logprobs", 9) for request in vllm.requests} == {9}
+    for path in stores:
+        for file in path.glob("*.parquet"):
+            assert file.read_bytes() == (tmp_path / "alone" / path.name / file.name).read_bytes()
 
 
 def test_a_reader_that_stops_early_leaves_a_usable_teacher(teacher: ServedTeacher) -> None:

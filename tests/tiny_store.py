@@ -54,7 +54,8 @@ def probabilities(logits: torch.Tensor) -> np.ndarray:
 
 def labels_of(config: SoftLabelsConfig, logits: torch.Tensor, seed: int) -> Entries:
     """The entries of one sequence, quantised, as capture makes them."""
-    return label_rows(Head(logits.shape[1]), logits, config, np.random.default_rng(seed))
+    (entries,) = label_rows(Head(logits.shape[1]), logits, [config], [np.random.default_rng(seed)])
+    return entries
 
 
 def dense(counts: np.ndarray, ids: np.ndarray, weights: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -130,4 +131,5 @@ def random_labels(config: SoftLabelsConfig, item: TokenSequence, vocabulary: int
     """Labels of random logits, which follow from the sequence and the seed alone."""
     rng = generator(config.seed, item)
     logits = torch.from_numpy(4 * rng.standard_normal((len(item.labelled), vocabulary)))
-    return label_rows(Head(vocabulary), logits.float(), config, rng)
+    (entries,) = label_rows(Head(vocabulary), logits.float(), [config], [rng])
+    return entries

@@ -1,5 +1,14 @@
-"""``python -m seodang``."""
+"""``python -m seodang``, and the command ``seodang``."""
 
-from seodang.cli import main
 
-main()
+def main() -> None:
+    """Run the command line; a Ctrl-C while it is being loaded ends it quietly."""
+    try:
+        from seodang.cli import main as run
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -144,7 +144,7 @@ class CausalLM:
                 f"{directory}: the tokenizer has ids up to {largest}, the model only "
                 f"{found.vocab_size} outputs: they do not belong together"
             )
-        found._check_head_is_linear(directory)
+        found.check_head_is_linear(directory)
         return found
 
     @property
@@ -176,7 +176,8 @@ class CausalLM:
         """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def _check_head_is_linear(self, directory: Path) -> None:
+    def check_head_is_linear(self, directory: Path) -> None:
+        """Raise ``InputError`` if the logits are not a linear function of the hidden states."""
         ids = torch.arange(min(8, self.vocab_size), device=self.device)[None]
         with torch.inference_mode():
             expected = self.model(ids).logits[0].float()

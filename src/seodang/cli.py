@@ -131,6 +131,66 @@ def run(
         raise typer.Exit(failure.exit_code)
 
 
+@app.command()
+@reported
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Option(help="Directory of a run whose soft labels are finished.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: section.key=value.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a run's student alone; with torchrun, on many devices.
+
+    torchrun --nproc-per-node 8 -m seodang distill RECIPE --out DIR
+    """
+    from seodang.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    from seodang import pipeline
+
+    student = pipeline.distill(loaded, out)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print_json(
+            {"path": str(student.path), "digest": student.digest, **student.manifest.summary}
+        )
+    else:
+        print(f"{student.path}: {student.digest}")
+
+
+@app.command()
+@reported
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Option(help="Directory of the sweep.")],
+    vary: Annotated[
+        list[str], typer.Option(help="Key and its values: student.layers=6,10,16. Repeatable.")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: section.key=value.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train several students from one capture, and compare them."""
+    from seodang.sweep import sweep as run_sweep
+    from seodang.sweep import sweep_failure
+
+    result = run_sweep(recipe, settings or [], vary, out)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        from seodang.sweep_report import print_sweep
+
+        print_sweep(result)
+    if result.failed:
+        failure = sweep_failure(result)
+        print(f"seodang: {failure}", file=sys.stderr)
+        raise typer.Exit(failure.exit_code)
+
+
 def print_result(result: Any) -> None:
     """The closing table of a run, and where its report and release are."""
     from rich.console import Console
@@ -139,7 +199,8 @@ def print_result(result: Any) -> None:
     held_out = result.metrics["held_out"]
     table = Table(
         title=f"Against the teacher, on {held_out['positions']:,} positions of "
-        f"{held_out['documents']} held-out documents (KL in nats per token)",
+        f"{held_out['documents']} held-out documents (KL in nats per token, over the "
+        f"{result.metrics['partition']})",
         title_justify="left",
     )
     table.add_column("model")
@@ -149,10 +210,14 @@ def print_result(result: Any) -> None:
         "teacher": "teacher",
         "untrained": "untrained",
         "cross_entropy": "cross-entropy only",
+        "before_on_policy": "before on-policy",
+        "after_on_policy": "on-policy, not kept",
         "student": "student",
     }
     for key, name in names.items():
-        row = result.metrics["models"][key]
+        row = result.metrics["models"].get(key)
+        if row is None:
+            continue
         table.add_row(
             name,
             f"{row['kl']:.3f}",

@@ -6,7 +6,9 @@ Each stage is an artifact; one whose inputs and config did not change is not run
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,9 @@ class RunResult:
             "out": str(self.out),
             "stages": self.stages,
             "models": self.metrics["models"],
+            "partition": self.metrics["partition"],
             "gate": self.metrics["gate"],
+            "on_policy": self.metrics.get("on_policy"),
             "report": str(self.out / "evaluation" / "report.html"),
             "release": None if self.release is None else str(self.release),
         }
@@ -52,7 +56,7 @@ def run(recipe: Recipe, out: Path) -> RunResult:
     Raises ``InputError`` before any work if ``out`` belongs to another recipe or something the
     recipe needs is not on this machine.
     """
-    _claim(recipe, out)
+    claim(recipe, out)
     try:
         with FileLock(out / LOCK, timeout=0):
             return _run(recipe, out)
@@ -69,6 +73,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
     from seodang.release.keys import find_or_make_keys
     from seodang.softlabels.capture import capture
     from seodang.softlabels.store import SoftLabelStore
+    from seodang.student.on_policy import improve
     from seodang.student.train import train
     from seodang.teacher import open_teacher
     from seodang.teacher.local import teacher_directory, teacher_source
@@ -116,15 +121,43 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
             recipe.student,
             path,
             objective="cross-entropy",
-            layers=student.manifest.summary["kept_layers"],
+            same_start_as=student,
             sources=sources,
         ),
     )
+    after_on_policy: Artifact | None = None
+    if recipe.student.on_policy is not None:
+        after_on_policy = stage(
+            "on-policy",
+            lambda path: improve(
+                student,
+                open_teacher(recipe.teacher),
+                teacher,
+                corpus,
+                recipe.student,
+                path,
+                sources=sources,
+            ),
+        )
     evaluation = stage(
         "evaluation",
-        lambda path: evaluate(recipe, teacher, corpus, labels, student, baseline, path),
+        lambda path: evaluate(
+            recipe,
+            teacher,
+            corpus,
+            labels,
+            student,
+            baseline,
+            path,
+            after_on_policy=after_on_policy,
+            scorer=open_teacher(recipe.teacher) if after_on_policy else None,
+        ),
     )
     result.metrics = json.loads((evaluation.path / METRICS).read_text())
+    kept = student
+    if after_on_policy is not None:
+        say(f"on-policy stage {result.metrics['on_policy']['reason']}")
+        kept = after_on_policy if result.metrics["on_policy"]["kept"] else student
     if not result.metrics["gate"]["passed"]:
         _set_aside(out / "release")
         return result
@@ -134,7 +167,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
         lambda path: bundle.build(
             path,
             config=recipe.release,
-            student=student,
+            student=kept,
             evaluation=evaluation,
             corpus=corpus,
             soft_labels=labels,
@@ -147,7 +180,39 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
     return result
 
 
-def _claim(recipe: Recipe, out: Path) -> None:
+def distill(recipe: Recipe, out: Path) -> Artifact:
+    """The student's stage alone, of a run whose soft labels are finished.
+
+    Started by torchrun, its processes train the one student together; ``run`` finds it finished
+    then. Raises ``InputError`` if ``out`` holds no soft labels.
+    """
+    from seodang.softlabels.store import open as open_store
+    from seodang.student.train import train
+    from seodang.teacher.local import teacher_directory
+
+    if not (out / "soft-labels" / MANIFEST).exists():
+        raise InputError(
+            f"{out / 'soft-labels'}: no finished soft labels; make them first with `seodang run`, "
+            "which may be stopped once they are there"
+        )
+    store = open_store(out / "soft-labels")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if first:
+        claim(recipe, out)
+    try:
+        with FileLock(out / LOCK, timeout=0) if first else nullcontext():
+            return train(
+                store,
+                teacher_directory(recipe.teacher),
+                recipe.student,
+                out / "student",
+                sources=store.artifact.manifest.sources,
+            )
+    except Timeout:
+        raise InputError(f"{out}: another run is at work here") from None
+
+
+def claim(recipe: Recipe, out: Path) -> None:
     """Make ``out`` this recipe's directory, or refuse one that is not."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a directory")

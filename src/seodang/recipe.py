@@ -211,7 +211,7 @@ class OnPolicyConfig(Section):
     prompts: int = Field(64, gt=0, description="prompts of a round, from the training documents")
     max_new_tokens: int = Field(64, gt=0, description="of an answer")
     temperature: float = Field(1.0, gt=0, description="of the student when it answers")
-    k: int = Field(32, ge=1, le=65535, description="ids that the teacher scores at each position")
+    k: int = Field(128, ge=1, le=65535, description="ids that the teacher scores at each position")
     divergence: Literal["reverse-kl", "jsd"] = Field("reverse-kl", description="what is minimised")
     learning_rate: float = Field(1e-4, gt=0, description="of AdamW, at its highest")
 
@@ -325,6 +325,19 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     release: ReleaseConfig
+
+    @model_validator(mode="after")
+    def _labels_fit_the_divergence(self) -> Self:
+        if self.student.divergence != "forward-kl" and self.soft_labels.estimator not in (
+            "residual",
+            "top-k",
+        ):
+            raise ValueError(
+                f"`student.divergence` {self.student.divergence} needs the teacher's probabilities "
+                f"of the stored ids, which {self.soft_labels.estimator} labels do not hold: set "
+                "`soft_labels.estimator` to residual"
+            )
+        return self
 
     def packages(self) -> list[PackagePin]:
         """Every package that the recipe names, once."""

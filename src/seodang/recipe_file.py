@@ -147,7 +147,8 @@ def _explain(error: ValidationError, reader: _Reader) -> str:
             message = item["msg"].removeprefix("Value error, ")
             given = item["input"]
             shown = "" if isinstance(given, dict | list) else f" (found {reprlib.repr(given)})"
-            lines.append(f"{where}: `{dotted}`: {message}{shown}")
+            key = f"`{dotted}`: " if dotted else ""  # none if sections do not fit together
+            lines.append(f"{where}: {key}{message}{shown}")
     if error.error_count() > MAX_ERRORS:
         lines.append(f"and {error.error_count() - MAX_ERRORS} more")
     return "\n".join(lines)

@@ -5,20 +5,23 @@ The artifact is finished whether the gate passed or not: it is the evidence eith
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seodang.artifact import Artifact, begin, write_atomically, write_json
 from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.corpus.build import read_documents, read_sequences
-from seodang.evaluation.fidelity import measure
+from seodang.evaluation.fidelity import measure, partition
 from seodang.evaluation.gate import check
+from seodang.evaluation.on_policy import judge
 from seodang.evaluation.report import render
 from seodang.evaluation.samples import samples
 from seodang.recipe import Recipe
-from seodang.student.initialise import depth_pruned
-from seodang.student.train import LOG
+from seodang.student.log import LOG, read_rows
+from seodang.student.train import untrained, vocabulary_of
+
+if TYPE_CHECKING:
+    from seodang.softlabels.labelling import Teacher
 
 METRICS = "metrics.json"
 SAMPLES = "samples.json"
@@ -33,8 +36,15 @@ def evaluate(
     student: Artifact,
     cross_entropy: Artifact,
     out: Path,
+    *,
+    after_on_policy: Artifact | None = None,
+    scorer: Teacher | None = None,
 ) -> Artifact:
     """Measure teacher, student, untrained start and cross-entropy student on held-out documents.
+
+    ``after_on_policy`` is the student after that stage, and ``scorer`` the teacher that scores its
+    own words: the better of the two is the ``student`` of the figures and the gate, the other one
+    ``before_on_policy`` or ``after_on_policy``, and ``on_policy`` says why.
 
     Raises ``WorkFailed`` if a model gives figures that are not finite.
     """
@@ -48,20 +58,36 @@ def evaluate(
         "student": student.digest,
         "cross_entropy": cross_entropy.digest,
     }
+    if after_on_policy is not None:
+        inputs["after_on_policy"] = after_on_policy.digest
     draft = begin(out, "evaluation", config, inputs)
     if isinstance(draft, Artifact):
         return draft
 
     reference = CausalLM.load(teacher)
-    start = depth_pruned(teacher, student.manifest.summary["kept_layers"])
-    untrained = start.to(reference.device).eval()
+    start = untrained(student.path, teacher, recipe.student).to(reference.device).eval()
     models = {
         "student": CausalLM.load(student.path),
         "cross_entropy": CausalLM.load(cross_entropy.path),
-        "untrained": CausalLM(untrained, reference.tokenizer),
+        "untrained": CausalLM(start, reference.tokenizer),
     }
+    if after_on_policy is not None:
+        models["after_on_policy"] = CausalLM.load(after_on_policy.path)
+    vocabulary = vocabulary_of(student.path)
     sequences = read_sequences(corpus.path, "held_out")
-    figures, calibration = measure(reference, models, sequences, recipe.evaluation.calibration_bins)
+    figures, calibration = measure(
+        reference, models, sequences, recipe.evaluation.calibration_bins, vocabulary
+    )
+    judged = None
+    if after_on_policy is not None and scorer is not None:
+        judged = judge(
+            student, after_on_policy, scorer, corpus, recipe.student, figures, recipe.gate
+        )
+        if judged["kept"]:
+            groups: list[dict[str, Any]] = [figures, calibration, models]
+            for by_model in groups:
+                by_model["before_on_policy"] = by_model["student"]
+                by_model["student"] = by_model.pop("after_on_policy")
     shown = {"teacher": reference, **{k: models[k] for k in ("student", "cross_entropy")}}
     answers = samples(shown, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens)
     metrics: dict[str, Any] = {
@@ -71,20 +97,27 @@ def evaluate(
             "documents": len(read_documents(corpus.path, "held_out")),
             "positions": sum(len(sequence.labelled) for sequence in sequences),
         },
+        "partition": partition(reference, vocabulary),
         "gate": check(figures, recipe.gate),
     }
+    if judged is not None:
+        metrics["on_policy"] = judged
     write_json(draft.path / METRICS, metrics)
     write_json(draft.path / SAMPLES, answers)
     page = render(
         title=recipe.release.name,
         description=recipe.description,
         metrics=metrics,
-        curves={"student": read_log(student), "cross_entropy": read_log(cross_entropy)},
+        curves={
+            "student": read_rows(student.path / LOG),
+            "cross_entropy": read_rows(cross_entropy.path / LOG),
+        },
         samples=answers,
         provenance=[
             _provenance("corpus", corpus),
             _provenance("soft labels", soft_labels),
             _provenance("student", student),
+            *([_provenance("on-policy student", after_on_policy)] if after_on_policy else []),
             _provenance("cross-entropy student (baseline)", cross_entropy),
         ],
     )
@@ -93,11 +126,6 @@ def evaluate(
     return draft.finish(
         sources=student.manifest.sources, summary=summary, measured=[METRICS, REPORT]
     )
-
-
-def read_log(student: Artifact) -> list[dict[str, Any]]:
-    """The rows of a training run's log."""
-    return [json.loads(line) for line in (student.path / LOG).read_text().splitlines()]
 
 
 def _provenance(name: str, artifact: Artifact) -> dict[str, Any]:

@@ -29,6 +29,8 @@ NAMES = {
     "student": "Student",
     "cross_entropy": "Cross-entropy only",
     "untrained": "Untrained start",
+    "before_on_policy": "Before on-policy",
+    "after_on_policy": "On-policy, not kept",
 }
 
 # (light, dark). Blue and orange are told apart by every common kind of colour blindness, the two
@@ -38,19 +40,21 @@ PALETTE = {
     "student": ("#0b5cad", "#6cb4f5"),
     "cross_entropy": ("#b45309", "#f2a65a"),
     "untrained": ("#6b7580", "#98a3af"),
+    "before_on_policy": ("#44719b", "#9cc4e8"),
+    "after_on_policy": ("#44719b", "#9cc4e8"),
     "muted": ("#5a6571", "#a3aebb"),
     "rule": ("#dde3e9", "#36414d"),
     "card": ("#ffffff", "#1a222b"),
 }
-_COLOUR = {name: light for name, (light, _) in PALETTE.items()}
+COLOUR = {name: light for name, (light, _) in PALETTE.items()}
 
 _STYLE: dict[str, Any] = {
-    "axes.edgecolor": _COLOUR["rule"],
+    "axes.edgecolor": COLOUR["rule"],
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "axes.labelcolor": _COLOUR["muted"],
+    "axes.labelcolor": COLOUR["muted"],
     "axes.labelsize": 10.5,
     "axes.spines.left": False,
     "axes.spines.right": False,
@@ -58,22 +62,22 @@ _STYLE: dict[str, Any] = {
     "figure.facecolor": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 11,
-    "grid.color": _COLOUR["rule"],
+    "grid.color": COLOUR["rule"],
     "grid.linewidth": 0.8,
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
     "svg.hashsalt": "seodang",
-    "text.color": _COLOUR["teacher"],
-    "xtick.color": _COLOUR["rule"],
-    "xtick.labelcolor": _COLOUR["muted"],
+    "text.color": COLOUR["teacher"],
+    "xtick.color": COLOUR["rule"],
+    "xtick.labelcolor": COLOUR["muted"],
     "xtick.labelsize": 10.5,
     "xtick.major.size": 0,
-    "ytick.color": _COLOUR["rule"],
-    "ytick.labelcolor": _COLOUR["muted"],
+    "ytick.color": COLOUR["rule"],
+    "ytick.labelcolor": COLOUR["muted"],
     "ytick.labelsize": 10.5,
     "ytick.major.size": 0,
 }
-_styled = style.context(_STYLE, after_reset=True)
+styled = style.context(_STYLE, after_reset=True)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def megabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
-def _svg(figure: Figure, name: str, label: str) -> Markup:
+def svg(figure: Figure, name: str, label: str) -> Markup:
     """The figure as SVG for a page that holds others: its ids begin with ``name``."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -104,7 +108,7 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     svg = re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("'DejaVu Sans'", "var(--sans)")
-    for variable, colour in _COLOUR.items():
+    for variable, colour in COLOUR.items():
         svg = svg.replace(colour, f"var(--{variable}, {colour})")
     return Markup(re.sub(r"\s*\n\s*", "\n", svg))
 
@@ -125,7 +129,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.asarray((sums[high] - sums[low]) / (high - low))
 
 
-@_styled
+@styled
 def loss_curve(model: str, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
     """Training loss (nats per token) against the optimizer step; None below two steps.
 
@@ -144,28 +148,28 @@ def loss_curve(model: str, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
     figure = Figure(figsize=(5.0, 3.2))
     axes = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.9, bottom=0.15, top=0.92)
-    axes.plot(steps, losses, color=_COLOUR[model], linewidth=0.8, alpha=0.35)
-    axes.plot(steps, average, color=_COLOUR[model], linewidth=2.4)
-    axes.plot(steps[-1:], average[-1:], "o", color=_COLOUR[model], markersize=5, clip_on=False)
+    axes.plot(steps, losses, color=COLOUR[model], linewidth=0.8, alpha=0.35)
+    axes.plot(steps, average, color=COLOUR[model], linewidth=2.4)
+    axes.plot(steps[-1:], average[-1:], "o", color=COLOUR[model], markersize=5, clip_on=False)
     axes.annotate(
         f"{last:.2f}",
         (float(steps[-1]), last),
         xytext=(8, 0),
         textcoords="offset points",
         verticalalignment="center",
-        color=_COLOUR[model],
+        color=COLOUR[model],
         fontweight="bold",
     )
     axes.set_xlim(float(steps[0]), float(steps[-1]))
     axes.set_xlabel("optimizer step")
-    axes.set_title("nats per token", loc="left", fontsize=10.5, color=_COLOUR["muted"], x=-0.07)
+    axes.set_title("nats per token", loc="left", fontsize=10.5, color=COLOUR["muted"], x=-0.07)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     note = "Thin line: each optimizer step. Thick line: moving average."
-    return Plot(title, note, _svg(figure, f"loss-{model}", title))
+    return Plot(title, note, svg(figure, f"loss-{model}", title))
 
 
-@_styled
+@styled
 def calibration(model: str, bins: Sequence[Mapping[str, Any]]) -> Plot | None:
     """Reliability diagram: how sure the model was against how often it was right, per bin.
 
@@ -188,8 +192,8 @@ def calibration(model: str, bins: Sequence[Mapping[str, Any]]) -> Plot | None:
     figure = Figure(figsize=(3.6, 4.2))
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     figure.subplots_adjust(left=0.14, right=0.97, bottom=0.11, top=0.93, hspace=0.22)
-    colour = _COLOUR[model]
-    axes.plot([0, 1], [0, 1], color=_COLOUR["muted"], linewidth=1, linestyle=(0, (3, 3)))
+    colour = COLOUR[model]
+    axes.plot([0, 1], [0, 1], color=COLOUR["muted"], linewidth=1, linestyle=(0, (3, 3)))
     axes.text(
         0.27,
         0.33,
@@ -198,20 +202,20 @@ def calibration(model: str, bins: Sequence[Mapping[str, Any]]) -> Plot | None:
         rotation_mode="anchor",
         transform_rotates_text=True,
         fontsize=8.5,
-        color=_COLOUR["muted"],
+        color=COLOUR["muted"],
     )
     axes.vlines(confidence, confidence, accuracy, color=colour, linewidth=2, alpha=0.35)
     axes.plot(confidence, accuracy, color=colour, linewidth=1.2, alpha=0.6)
     axes.scatter(confidence, accuracy, s=14 + 150 * share, color=colour, zorder=3, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
     axes.set_title(
-        "how often it is right", loc="left", fontsize=10.5, color=_COLOUR["muted"], x=-0.13
+        "how often it is right", loc="left", fontsize=10.5, color=COLOUR["muted"], x=-0.13
     )
     strip.vlines(confidence, 0, count, color=colour, linewidth=6)
     strip.set_ylim(0)
     strip.set_xlim(-0.02, 1.02)
     highest = f"positions (highest bar {count.max():,.0f})"
-    strip.set_title(highest, loc="left", fontsize=10.5, color=_COLOUR["muted"], x=-0.13, pad=4)
+    strip.set_title(highest, loc="left", fontsize=10.5, color=COLOUR["muted"], x=-0.13, pad=4)
     strip.set_yticks([])
     strip.set_xlabel("how sure it is")
     percent = FuncFormatter(lambda value, _: f"{value:.0%}")
@@ -219,10 +223,10 @@ def calibration(model: str, bins: Sequence[Mapping[str, Any]]) -> Plot | None:
         axis.set_major_formatter(percent)
         axis.set_major_locator(MaxNLocator(5))
     note = f"{int(count.sum()):,} held-out positions, in {len(count)} bins of its confidence."
-    return Plot(title, note, _svg(figure, f"calibration-{model}", f"{title}. {note}"))
+    return Plot(title, note, svg(figure, f"calibration-{model}", f"{title}. {note}"))
 
 
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
+def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Heights of labels at least ``gap`` apart, in the same order and about the same mean."""
     order = np.argsort(np.asarray(heights), kind="stable")
     placed = np.array(heights)
@@ -231,7 +235,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return list(placed - (placed - heights).mean()) if heights else []
 
 
-@_styled
+@styled
 def size_speed_quality(models: Models) -> Plot | None:
     """Top-1 agreement against speed in tokens per second, bubble area proportional to bytes.
 
@@ -260,12 +264,12 @@ def size_speed_quality(models: Models) -> Plot | None:
     figure.subplots_adjust(left=0.12, right=0.99, bottom=0.13, top=0.92)
     speeds, agreements, sizes = np.array(list(points.values())).T
     areas = dict(zip(points, 700 * sizes / sizes.max(), strict=True))
-    colours = [_COLOUR[model] for model in points]
+    colours = [COLOUR[model] for model in points]
     axes.scatter(speeds, agreements, s=list(areas.values()), color=colours, alpha=0.8, linewidth=0)
     middle = 0.6 * float(speeds.max())
     for side, alignment in ((1, "left"), (-1, "right")):
         labelled = [model for model in points if (points[model][0] < middle) == (side > 0)]
-        heights = _spread([points[model][1] for model in labelled], 0.14)
+        heights = spread([points[model][1] for model in labelled], 0.14)
         for model, height in zip(labelled, heights, strict=True):
             speed, agreement, size = points[model]
             name = f"{NAMES[model]} {agreement:.1%}"
@@ -280,8 +284,8 @@ def size_speed_quality(models: Models) -> Plot | None:
                     horizontalalignment=alignment,
                     fontweight=weight,
                     fontsize=10,
-                    color=_COLOUR[model],
-                    bbox={"facecolor": _COLOUR["card"], "edgecolor": "none", "pad": 0.8},
+                    color=COLOUR[model],
+                    bbox={"facecolor": COLOUR["card"], "edgecolor": "none", "pad": 0.8},
                 )
     axes.set_xlim(0, float(speeds.max()) * 1.06)
     axes.set_ylim(-0.06, 1.14)
@@ -290,13 +294,13 @@ def size_speed_quality(models: Models) -> Plot | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("tokens per second →")
     axes.set_title(
-        "agreement with the teacher ↑", loc="left", fontsize=10.5, color=_COLOUR["muted"], x=-0.12
+        "agreement with the teacher ↑", loc="left", fontsize=10.5, color=COLOUR["muted"], x=-0.12
     )
     note = "Area of a bubble: size in bytes. Speed as measured on the machine of the evaluation."
-    return Plot(title, note, _svg(figure, "size-speed-quality", title))
+    return Plot(title, note, svg(figure, "size-speed-quality", title))
 
 
-@_styled
+@styled
 def bars(models: Models, metric: str) -> Plot | None:
     """Bars of ``kl`` (nats per token) or ``top1_agreement`` (share) of all but the teacher.
 
@@ -317,7 +321,7 @@ def bars(models: Models, metric: str) -> Plot | None:
     figure.subplots_adjust(left=0.32, right=0.98, bottom=0, top=1)
     limit = max(values.values()) if is_kl else 1.0
     for row, (model, value) in enumerate(values.items()):
-        axes.barh(row, value, height=0.56, color=_COLOUR[model])
+        axes.barh(row, value, height=0.56, color=COLOUR[model])
         shown = f"{value:.3f}" if is_kl else f"{value:.1%}"
         axes.annotate(
             shown,
@@ -326,11 +330,11 @@ def bars(models: Models, metric: str) -> Plot | None:
             textcoords="offset points",
             verticalalignment="center",
             fontweight="bold",
-            color=_COLOUR[model],
+            color=COLOUR[model],
         )
     axes.set_yticks(range(len(values)), [NAMES[model] for model in values])
     for label, model in zip(axes.get_yticklabels(), values, strict=True):
-        label.set_color(_COLOUR[model])
+        label.set_color(COLOUR[model])
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
@@ -340,9 +344,9 @@ def bars(models: Models, metric: str) -> Plot | None:
     unit = "KL to the teacher, nats per token; shorter is better; the teacher’s own is 0."
     if not is_kl:
         unit = "Share of next-token choices equal to the teacher’s; longer is better."
-        axes.axvline(1, color=_COLOUR["muted"], linewidth=1, linestyle=(0, (3, 3)))
+        axes.axvline(1, color=COLOUR["muted"], linewidth=1, linestyle=(0, (3, 3)))
         unit += " Dashed: the teacher itself."
-    return Plot(title, unit, _svg(figure, f"bars-{metric}", title))
+    return Plot(title, unit, svg(figure, f"bars-{metric}", title))
 
 
 def _bar_title(values: Mapping[str, float], is_kl: bool) -> str:

@@ -308,6 +308,8 @@ def render(
         version=__version__,
         names=NAMES,
         palette=plots.PALETTE,
+        partition=metrics.get("partition"),
+        on_policy=metrics.get("on_policy"),
         verdict=_verdict(gate),
         sentence=_sentence(models, tiles),
         tiles=tiles,

@@ -24,7 +24,8 @@ EVALUATION = "evaluation"
 MODEL_CARD = "README.md"
 PARITY = "gguf-parity.json"
 _WORK = ".build"
-_TRAINING_LOG = "training.jsonl"  # of the student; the report shows what is in it
+# Of the student; the report shows what is in it.
+_TRAINING_LOG = {"training.jsonl", "speed.jsonl", "events.out.tfevents.student"}
 
 
 def build(
@@ -64,7 +65,7 @@ def build(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(exist_ok=True)
 
-    _copy(student, draft.path, work, without={_TRAINING_LOG})
+    _copy(student, draft.path, work, without=_TRAINING_LOG)
     _copy(evaluation, draft.path / EVALUATION, work)
     ggufs = {q: draft.path / f"{config.name}-{q}.gguf" for q in config.quantizations}
     # Converted in `work` and moved here whole, so that what an earlier build left is complete.
@@ -76,7 +77,7 @@ def build(
             made.replace(ggufs[quantization])
     agreement = _parity(draft.path, student, ggufs, corpus, config.parity_positions)
 
-    weights = [*sorted(draft.path.glob("*.safetensors")), *ggufs.values()]
+    weights = [*sorted(draft.path.glob("model*.safetensors")), *ggufs.values()]
     facts = Facts(
         config=config,
         student=student,

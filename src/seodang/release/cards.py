@@ -17,6 +17,8 @@ MODELS = {
     "student": "**This model**",
     "cross_entropy": "Same start, same tokens, cross-entropy only",
     "untrained": "Untrained start",
+    "before_on_policy": "This model before it was trained on its own words",
+    "after_on_policy": "This model trained on its own words as well (not kept)",
 }
 
 

@@ -25,6 +25,26 @@ CONVERTER = PackagePin(
     sha256="271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4",
 )
 
+_GPT2 = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
+_BYTES = {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def _split(digits: str) -> dict[str, Any]:
+    """The pattern of GPT-4's tokenizer, with so many digits in one piece."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    others = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = rf"{words}|\p{{N}}{digits}|{others}"
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+_PRE_TOKENIZERS = {
+    "gpt-2": [_GPT2],
+    "smollm": [_DIGITS, _GPT2],
+    "llama-bpe": [_split("{1,3}"), _BYTES],
+    "qwen2": [_split(""), _BYTES],
+}
+
 
 def check_converter() -> None:
     """Raise ``InputError`` unless the converter was fetched and is the pinned one."""
@@ -34,24 +54,32 @@ def check_converter() -> None:
 def pre_tokenizer(tokenizer_json: dict[str, Any]) -> str | None:
     """llama.cpp's name of the pre-tokenizer, recognised by what it does.
 
-    None if it is none of these, which the converter may still know: ``gpt-2``, byte level with
-    GPT-2's pattern; ``smollm``, the same after every digit was isolated.
+    ``gpt-2``: byte level with GPT-2's pattern. ``smollm``: the same after every digit was
+    isolated. ``llama-bpe``, ``qwen2``: byte level after the pattern of Llama 3 or Qwen 2; the
+    first looks whole words up before it merges, the second may compose characters (NFC, which
+    llama.cpp leaves undone). None if it is none of these: the converter may still know it, but by
+    the ids that it gives to one text, so never if the vocabulary was trimmed.
     """
-    if tokenizer_json.get("normalizer") is not None:
+    model, normalizer = tokenizer_json["model"], tokenizer_json.get("normalizer")
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
         return None
-    model = tokenizer_json["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
+    step = tokenizer_json.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
+    found = [name for name, known in _PRE_TOKENIZERS.items() if _are(steps, known)]
+    if not found or bool(model.get("ignore_merges")) != (found[0] == "llama-bpe"):
         return None
-    steps = tokenizer_json.get("pre_tokenizer") or {}
-    match steps.get("pretokenizers") if steps.get("type") == "Sequence" else [steps]:
-        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            return "gpt-2"
-        case [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},
-        ]:
-            return "smollm"
-    return None
+    if normalizer is not None and (found[0] != "qwen2" or normalizer != {"type": "NFC"}):
+        return None
+    return found[0]
+
+
+def _are(steps: list[dict[str, Any]], known: list[dict[str, Any]]) -> bool:
+    """Whether ``steps`` say everything that the ``known`` ones say."""
+    return len(steps) == len(known) and all(
+        step.get(key) == value
+        for step, wanted in zip(steps, known, strict=True)
+        for key, value in wanted.items()
+    )
 
 
 def convert(

@@ -74,14 +74,19 @@ def measure(
 ) -> dict[str, Any]:
     """Compare each GGUF (by its quantization) with the Hugging Face directory it was made of.
 
-    ``sequences`` are token ids of held-out text, compared by their full distributions
-    at ``positions`` positions; ``documents`` (``{"text": ...}`` or ``{"messages": [...]}``) are
-    tokenized by both. Gives what gguf-parity.json holds. Raises ``WorkFailed`` if llama.cpp
-    cannot load or run a file.
+    ``sequences`` are token ids of held-out text, in the teacher's vocabulary, compared by their
+    full distributions at ``positions`` positions; a student with a trimmed vocabulary gets them
+    spelled out. ``documents`` (``{"text": ...}`` or ``{"messages": [...]}``) are tokenized by
+    both. Gives what gguf-parity.json holds. Raises ``WorkFailed`` if llama.cpp cannot load or run
+    a file.
     """
     from seodang.causal_lm import CausalLM
+    from seodang.student.trimmed import VOCABULARY, TrimmedVocabulary
 
     model = CausalLM.load(student)
+    if (student / VOCABULARY).is_file():
+        vocabulary = TrimmedVocabulary.load(student / VOCABULARY)
+        sequences = [vocabulary.spell_out(np.asarray(s))[0].tolist() for s in sequences]
     chosen = choose_positions([len(sequence) for sequence in sequences], positions)
     prefixes = [
         [list(map(int, sequences[i][: position + 1])) for position in inside]

@@ -9,11 +9,20 @@ that was killed, or shared among many workers, gives the same bytes as one that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seodang.artifact import Artifact, Source, begin, sha256_bytes, write_atomically, write_json
+from seodang.artifact import (
+    Artifact,
+    Draft,
+    Source,
+    begin,
+    sha256_bytes,
+    write_atomically,
+    write_json,
+)
 from seodang.causal_lm import tokenizer_fingerprint
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError, WorkFailed
@@ -29,6 +38,8 @@ from seodang.teacher.local import LocalTeacher
 if TYPE_CHECKING:
     from seodang.softlabels.labelling import Teacher
     from seodang.teacher.served import ServedTeacher
+
+Wanted = tuple[StoreHeader, SoftLabelsConfig]  # a store that wants labels
 
 SHARD_TOKENS = 8192  # labelled tokens of a shard, at least: seconds of work
 SHARDS = 512  # about as many at most, so that opening a large store is quick
@@ -54,12 +65,90 @@ def capture(
     finite is refused, or left out and reported, as ``config.unusable`` says; the message names
     its document.
     """
+    (artifact,) = capture_each(teacher, sequences, {out: config}, sources=sources, ray=ray)
+    return artifact
+
+
+@dataclass(frozen=True)
+class _Store:
+    """A store in the making: ``files`` are its shards, made or not."""
+
+    draft: Draft
+    header: StoreHeader
+    config: SoftLabelsConfig
+    files: list[Path]
+
+
+def capture_each(
+    teacher: Teacher,
+    sequences: Sequence[TokenSequence],
+    stores: Mapping[Path, SoftLabelsConfig],
+    *,
+    sources: Iterable[Source] = (),
+    ray: str | None = None,
+    shard_made: Callable[[int], None] = lambda tokens: None,
+) -> list[Artifact]:
+    """As :func:`capture`, for several stores in one pass over the teacher, in their order.
+
+    Each store holds the bytes that a capture of its own would have written, and each resumes by
+    itself: the teacher sees the sequences of a shard if any store is without it.
+
+    ``shard_made`` is told the labelled tokens of a shard before its files are written.
+    """
     if not sequences:
         raise InputError("nothing to capture: the corpus has no sequence with a labelled token")
-    if config.unusable == "refuse":
+    if any(config.unusable == "refuse" for config in stores.values()):
         for sequence in sequences:
             if reason := why_unusable(sequence, teacher.max_length):
                 raise InputError(f"document {sequence.document_id}: {reason}")
+    sources = list(sources)
+    shards = list(plan_shards([len(s.labelled) for s in sequences]))
+    found = [_begin(teacher, sequences, config, out, len(shards)) for out, config in stores.items()]
+    drafts = [store for store in found if isinstance(store, _Store)]
+    missing = [
+        [store for store in drafts if not store.files[i].exists()] for i in range(len(shards))
+    ]
+    todo = [i for i in range(len(shards)) if missing[i]]
+    if todo and not isinstance(teacher, LocalTeacher):
+        agreement = _parity(teacher, sequences, [store.config for store in drafts])
+        for store in drafts:
+            write_json(store.draft.path / PARITY, agreement)
+    total = sum(len(sequence.labelled) for sequence in sequences)
+    tokens = [sum(len(s.labelled) for s in sequences[shard]) for shard in shards]
+    with track(
+        "Capturing soft labels", total, "tok", total - sum(tokens[i] for i in todo)
+    ) as advance:
+        parts = [
+            (sequences[shards[i]], [(store.header, store.config) for store in missing[i]])
+            for i in todo
+        ]
+        made: Iterator[tuple[int, list[bytes]]]
+        if ray is None:
+            made = (
+                (number, make_shard(teacher, part, wanted, advance))
+                for number, (part, wanted) in enumerate(parts)
+            )
+        else:
+            from seodang.softlabels.fan_out import make_shards
+
+            made = make_shards(ray, teacher, parts, advance)
+        for number, files in made:
+            shard_made(tokens[todo[number]])
+            for store, data in zip(missing[todo[number]], files, strict=True):
+                write_atomically(store.files[todo[number]], data)
+    return [
+        _finish(store, total, sources) if isinstance(store, _Store) else store for store in found
+    ]
+
+
+def _begin(
+    teacher: Teacher,
+    sequences: Sequence[TokenSequence],
+    config: SoftLabelsConfig,
+    out: Path,
+    shards: int,
+) -> _Store | Artifact:
+    """The finished store in ``out`` if it is the one asked for, else the draft of it."""
     config = _what_the_teacher_can(teacher, config)
     header = StoreHeader(
         estimator=config.estimator,
@@ -80,35 +169,20 @@ def capture(
     if isinstance(draft, Artifact):
         _check_skipped(draft.manifest.summary.get("skipped", []), config)
         return draft
-    shards = list(plan_shards([len(s.labelled) for s in sequences]))
-    files = [draft.path / shard_name(i) for i in range(len(shards))]
-    todo = [i for i, file in enumerate(files) if not file.exists()]
-    if todo and not isinstance(teacher, LocalTeacher):
-        write_json(draft.path / PARITY, _parity(teacher, sequences, config))
-    total = sum(len(sequence.labelled) for sequence in sequences)
-    done = total - sum(len(s.labelled) for i in todo for s in sequences[shards[i]])
-    with track("Capturing soft labels", total, "tok", done) as advance:
-        parts = [sequences[shards[i]] for i in todo]
-        made: Iterator[tuple[int, bytes]]
-        if ray is None:
-            made = (
-                (number, make_shard(teacher, header, part, config, advance))
-                for number, part in enumerate(parts)
-            )
-        else:
-            from seodang.softlabels.fan_out import make_shards
+    return _Store(draft, header, config, [draft.path / shard_name(i) for i in range(shards)])
 
-            made = make_shards(ray, teacher, header, parts, config, advance)
-        for number, data in made:
-            write_atomically(files[todo[number]], data)
-    skipped = [entry for file in files for entry in read_skipped(file)]
-    _check_skipped(skipped, config)
-    labelled = total - sum(entry["tokens"] for entry in skipped)
+
+def _finish(store: _Store, tokens: int, sources: list[Source]) -> Artifact:
+    """The artifact of a store whose shards are all there; ``tokens`` were to be labelled."""
+    header = store.header
+    skipped = [entry for file in store.files for entry in read_skipped(file)]
+    _check_skipped(skipped, store.config)
+    labelled = tokens - sum(entry["tokens"] for entry in skipped)
     if not labelled:
         raise WorkFailed(f"nothing could be labelled; the first reason: {skipped[0]['reason']}")
     for entry in skipped:
         say(f"left out: document {entry['document']}: {entry['reason']}")
-    rows = [read_footer(file).num_rows for file in files]
+    rows = [read_footer(file).num_rows for file in store.files]
     summary = {
         "tokens": labelled,
         "sequences": sum(rows),
@@ -116,14 +190,13 @@ def capture(
         "parameters": header.parameters,
         "layout": header.layout,
         "vocab_size": header.vocab_size,
-        "record_bytes": sum(file.stat().st_size for file in files),
+        "record_bytes": sum(file.stat().st_size for file in store.files),
         "rows": rows,
     }
     if skipped:
         summary["skipped"] = skipped
-    sources = list(sources)
-    write_atomically(draft.path / CARD, data_card(header, summary, sources).encode())
-    return draft.finish(sources=sources, summary=summary, measured=[PARITY])
+    write_atomically(store.draft.path / CARD, data_card(header, summary, sources).encode())
+    return store.draft.finish(sources=sources, summary=summary, measured=[PARITY])
 
 
 def plan_shards(labelled: Sequence[int]) -> Iterator[slice]:
@@ -139,14 +212,29 @@ def plan_shards(labelled: Sequence[int]) -> Iterator[slice]:
 
 def make_shard(
     teacher: Teacher,
+    sequences: Sequence[TokenSequence],
+    wanted: Sequence[Wanted],
+    advance: Advance,
+) -> list[bytes]:
+    """The files of one shard, one for each of ``wanted``; the teacher is asked once.
+
+    Raises ``WorkFailed`` for a sequence that the recipe refuses.
+    """
+    labels = label(teacher, sequences, [config for _, config in wanted], advance)
+    return [
+        _shard_file(header, sequences, results, config)
+        for (header, config), results in zip(wanted, labels, strict=True)
+    ]
+
+
+def _shard_file(
     header: StoreHeader,
     sequences: Sequence[TokenSequence],
+    results: Sequence[Entries | str],
     config: SoftLabelsConfig,
-    advance: Advance,
 ) -> bytes:
-    """The file of one shard. Raises ``WorkFailed`` for a sequence that the recipe refuses."""
     kept, entries, skipped = [], [], []
-    for sequence, result in zip(sequences, label(teacher, sequences, config, advance), strict=True):
+    for sequence, result in zip(sequences, results, strict=True):
         if isinstance(result, Entries):
             kept.append(sequence)
             entries.append(result)
@@ -188,7 +276,8 @@ def _what_the_teacher_can(teacher: Teacher, config: SoftLabelsConfig) -> SoftLab
 
 
 def _parity(
-    teacher: ServedTeacher, sequences: Sequence[TokenSequence], config: SoftLabelsConfig
+    teacher: ServedTeacher, sequences: Sequence[TokenSequence], configs: Sequence[SoftLabelsConfig]
 ) -> dict[str, object]:
     usable = [s for s in sequences if why_unusable(s, teacher.max_length) is None]
-    return teacher.check_parity(usable, int(config.parameters()["k"])) if usable else {}
+    k = max(int(config.parameters()["k"]) for config in configs)
+    return teacher.check_parity(usable, k) if usable else {}

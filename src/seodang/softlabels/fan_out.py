@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError, SeodangError, WorkFailed
-from seodang.recipe import SoftLabelsConfig
 from seodang.softlabels.labelling import Advance
-from seodang.softlabels.shards import StoreHeader
 from seodang.teacher.local import LocalTeacher
 
 if TYPE_CHECKING:
+    from seodang.softlabels.capture import Wanted
     from seodang.softlabels.labelling import Teacher
 
 IN_FLIGHT = 4  # shards under way or waiting, for each worker
@@ -32,12 +31,13 @@ IN_FLIGHT = 4  # shards under way or waiting, for each worker
 def make_shards(
     address: str,
     teacher: Teacher,
-    header: StoreHeader,
-    parts: Sequence[Sequence[TokenSequence]],
-    config: SoftLabelsConfig,
+    parts: Sequence[tuple[Sequence[TokenSequence], Sequence[Wanted]]],
     advance: Advance,
-) -> Iterator[tuple[int, bytes]]:
-    """Each part's shard file as it is finished, in any order, with the number of the part.
+) -> Iterator[tuple[int, list[bytes]]]:
+    """Each part's shard files as they are finished, in any order, with the number of the part.
+
+    A part is its sequences and the stores that want their labels, see
+    :func:`seodang.softlabels.capture.make_shard`.
 
     Raises ``InputError`` if Ray is not installed or nobody answers at ``address``, and what
     :func:`seodang.softlabels.capture.make_shard` raises in a worker.
@@ -55,7 +55,7 @@ def make_shards(
         while waiting or under_way:
             while waiting and len(under_way) < IN_FLIGHT * workers:
                 number = waiting.pop()
-                task = make.remote(where, header, parts[number], config, threads)
+                task = make.remote(where, *parts[number], threads)
                 under_way[task] = number
             (finished,), _ = ray.wait(list(under_way), num_returns=1)
             number = under_way.pop(finished)
@@ -68,7 +68,7 @@ def make_shards(
             if isinstance(result, SeodangError):
                 raise result
             yield number, result
-            advance(sum(len(s.labelled) for s in parts[number]))
+            advance(sum(len(s.labelled) for s in parts[number][0]))
 
 
 def _connect(address: str) -> Any:
@@ -128,11 +128,10 @@ def _teacher(where: tuple[str, ...]) -> Teacher:
 
 def _make(
     where: tuple[str, ...],
-    header: StoreHeader,
-    part: Sequence[TokenSequence],
-    config: SoftLabelsConfig,
+    sequences: Sequence[TokenSequence],
+    wanted: Sequence[Wanted],
     threads: int,
-) -> bytes | SeodangError:
+) -> list[bytes] | SeodangError:
     """What a worker does. Its own errors come back as values: Ray would wrap them."""
     import torch
 
@@ -140,6 +139,6 @@ def _make(
 
     torch.set_num_threads(threads)
     try:
-        return make_shard(_teacher(where), header, part, config, lambda tokens: None)
+        return make_shard(_teacher(where), sequences, wanted, lambda tokens: None)
     except SeodangError as error:
         return error

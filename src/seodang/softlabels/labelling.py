@@ -43,45 +43,51 @@ def why_unusable(sequence: TokenSequence, max_length: int) -> str | None:
 def label(
     teacher: Teacher,
     sequences: Sequence[TokenSequence],
-    config: SoftLabelsConfig,
+    configs: Sequence[SoftLabelsConfig],
     advance: Advance,
-) -> list[Entries | str]:
-    """The soft labels of each sequence, in their order, or why it has none."""
-    results: list[Entries | str] = [""] * len(sequences)
+) -> list[list[Entries | str]]:
+    """For each of ``configs`` the soft labels of each sequence, or why it has none.
+
+    The teacher sees every sequence once, however many configs there are, and the labels of each
+    are those that it would have alone.
+    """
+    results: list[list[Entries | str]] = [[""] * len(sequences) for _ in configs]
     usable = []
     for index, sequence in enumerate(sequences):
         reason = why_unusable(sequence, teacher.max_length)
         if reason is None:
             usable.append(index)
-        else:
-            results[index] = reason
-            advance(len(sequence.labelled))
+            continue
+        for result in results:
+            result[index] = reason
+        advance(len(sequence.labelled))
     chosen = [sequences[index] for index in usable]
     if isinstance(teacher, LocalTeacher):
-        answers = _ask_model(teacher, chosen, config)
+        answers = _ask_model(teacher, chosen, configs)
     else:
-        answers = _ask_server(teacher, chosen, config)
-    for found, entries in answers:
-        finite = np.isfinite(entries.entropy).all()
-        results[usable[found]] = entries if finite else "the teacher's probabilities are not finite"
+        answers = _ask_server(teacher, chosen, configs)
+    for found, labels in answers:
+        for result, entries in zip(results, labels, strict=True):
+            finite = np.isfinite(entries.entropy).all()
+            result[usable[found]] = (
+                entries if finite else "the teacher's probabilities are not finite"
+            )
         advance(len(chosen[found].labelled))
     return results
 
 
 def _ask_model(
-    teacher: LocalTeacher, sequences: Sequence[TokenSequence], config: SoftLabelsConfig
-) -> Iterator[tuple[int, Entries]]:
+    teacher: LocalTeacher, sequences: Sequence[TokenSequence], configs: Sequence[SoftLabelsConfig]
+) -> Iterator[tuple[int, list[Entries]]]:
     for batch in length_batches([len(s.token_ids) for s in sequences]):
         hidden = teacher.model.hidden_states([sequences[i].token_ids for i in batch])
         for index, hidden_TH in zip(batch, hidden, strict=True):
             wanted = torch.from_numpy(sequences[index].labelled.astype(np.int64))
+            generators = [generator(config.seed, sequences[index]) for config in configs]
             yield (
                 index,
                 label_rows(
-                    teacher.model,
-                    hidden_TH[wanted.to(hidden_TH.device)],
-                    config,
-                    generator(config.seed, sequences[index]),
+                    teacher.model, hidden_TH[wanted.to(hidden_TH.device)], configs, generators
                 ),
             )
 
@@ -90,29 +96,46 @@ def _ask_model(
 def label_rows(
     model: CausalLM,
     hidden_NH: torch.Tensor,
-    config: SoftLabelsConfig,
-    generator: np.random.Generator,
-) -> Entries:
-    """The soft labels at the hidden states (positions, hidden) of one sequence.
+    configs: Sequence[SoftLabelsConfig],
+    generators: Sequence[np.random.Generator],
+) -> list[Entries]:
+    """The soft labels of each config at the hidden states (positions, hidden) of one sequence.
 
-    The output head is applied to chunks of rows, so that no tensor of the size of (length,
-    vocabulary) exists.
+    Each config draws from its own one of ``generators``. The output head is applied to chunks of
+    rows, once for all configs, so that no tensor of the size of (length, vocabulary) exists.
     """
-    estimate = Estimation(config.estimator, config.parameters(), model.vocab_size, generator)
-    parts = []
+    estimations = [
+        Estimation(config.estimator, config.parameters(), model.vocab_size, own)
+        for config, own in zip(configs, generators, strict=True)
+    ]
+    parts: list[list[Entries]] = [[] for _ in configs]
     for rows in row_chunks(len(hidden_NH), model.vocab_size):
         logits_NV = model.logits(hidden_NH[rows])
-        parts += [estimate(block) for block in logits_NV.split(BLOCK_ROWS)]
-    return _quantised(Entries.concatenate(parts), config, generator)
+        for block in logits_NV.split(BLOCK_ROWS):
+            for part, estimate in zip(parts, estimations, strict=True):
+                part.append(estimate(block))
+    return [
+        _quantised(Entries.concatenate(part), config, own)
+        for part, config, own in zip(parts, configs, generators, strict=True)
+    ]
 
 
 def _ask_server(
-    teacher: ServedTeacher, sequences: Sequence[TokenSequence], config: SoftLabelsConfig
-) -> Iterator[tuple[int, Entries]]:
-    k = min(int(config.parameters()["k"]), teacher.vocab_size)
-    for index, ids_NK, log_probs_NK in teacher.top_log_probs(sequences, k):
-        entries = from_top_log_probs(ids_NK, log_probs_NK)
-        yield index, _quantised(entries, config, generator(config.seed, sequences[index]))
+    teacher: ServedTeacher, sequences: Sequence[TokenSequence], configs: Sequence[SoftLabelsConfig]
+) -> Iterator[tuple[int, list[Entries]]]:
+    wanted = [min(int(config.parameters()["k"]), teacher.vocab_size) for config in configs]
+    for index, ids_NK, log_probs_NK in teacher.top_log_probs(sequences, max(wanted)):
+        yield (
+            index,
+            [
+                _quantised(
+                    from_top_log_probs(ids_NK[:, :k], log_probs_NK[:, :k]),
+                    config,
+                    generator(config.seed, sequences[index]),
+                )
+                for k, config in zip(wanted, configs, strict=True)
+            ],
+        )
 
 
 def from_top_log_probs(

@@ -1,9 +1,8 @@
 """The distillation loss on sparse soft labels, without the full matrix of logits.
 
-The loss of position i with entries (id, w) is -sum(w log q_id), q the student's softmax. Its
-gradient per logit is q * sum(w) - w, so that loss and gradients need three matrix products per
-chunk of rows (logits, gradient of hidden, gradient of head) and no second forward pass: they are
-computed together in the forward call, as Liger-Kernel does for cross-entropy (arXiv 2410.10989).
+The loss of position i with entries (id, w) is -sum(w log q_id), q the student's softmax; with
+``residual`` the other ids count as one more category. How both, and their gradients, are computed
+at the cost of three matrix products is told in :mod:`seodang.student.one_pass`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 * 2**20  # of one chunk of float32 logits
-IGNORE = -100  # a cross-entropy target that does not count
+from seodang.student import one_pass, triton_kd
+from seodang.student.one_pass import IGNORE, Divergence, Gradients, LabelledRows, Labels
+
 ROUNDING = 1e-6  # a rest smaller than this is what float32 leaves of a full sum
 
 
@@ -24,6 +24,23 @@ class LossTerms(NamedTuple):
     total: torch.Tensor
     distillation: torch.Tensor
     cross_entropy: torch.Tensor
+
+
+def _cross_entropy(labels: LabelledRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    value_R = labels.sum(-labels.weights * labels.log_q)
+    return value_R, -labels.weights, torch.zeros_like(value_R)
+
+
+def _residual(labels: LabelledRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    value_R, a_E, _ = _cross_entropy(labels)
+    rest_R = 1.0 - labels.sum(labels.weights)
+    rest_R = torch.where((rest_R > ROUNDING) & labels.log_rest.isfinite(), rest_R, 0.0)
+    value_R -= torch.where(rest_R > 0, rest_R * labels.log_rest, 0.0)
+    return value_R, a_E, -rest_R
+
+
+CROSS_ENTROPY = Divergence("cross-entropy", False, _cross_entropy)
+RESIDUAL = Divergence("residual", True, _residual)
 
 
 def sparse_kd_loss(
@@ -42,9 +59,12 @@ def sparse_kd_loss(
     """Soft-label loss -sum(w log q), plus ``cross_entropy_weight`` times the cross-entropy.
 
     Args:
-        hidden: (N, H) the student's last hidden states.
-        head: (V, H) output embedding.
-        offsets: (N+1,) int64; the entries of position i are [offsets[i], offsets[i+1]).
+        hidden: (N, H) the student's last hidden states. Their type is that of the products:
+            float32, float64 or bfloat16 (float16 on the CPU is computed in float32); sums over
+            the vocabulary and over rows are kept in float32 or better.
+        head: (V, H) output embedding, of the same or another floating type.
+        offsets: (N+1,) int64; the entries of position i are [offsets[i], offsets[i+1]). A
+            position without entries and without an observed token costs nothing.
         ids: (nnz,) token ids; an id may be repeated within a position, its weights then add up
             (not with ``residual``).
         weights: (nnz,) need not sum to 1.
@@ -56,7 +76,8 @@ def sparse_kd_loss(
         reduction: "mean" over the N positions, or "sum".
 
     Returns:
-        A float32 scalar in nats, differentiable in ``hidden``, ``head`` and ``bias``.
+        A float32 scalar in nats (float64 for float64 hidden states), differentiable once in
+        ``hidden``, ``head`` and ``bias``.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -89,6 +110,34 @@ def sparse_kd_terms(
     reduction: Literal["mean", "sum"] = "mean",
 ) -> LossTerms:
     """As :func:`sparse_kd_loss`, with the value of each term beside the total."""
+    return divergence_terms(
+        RESIDUAL if residual else CROSS_ENTROPY,
+        hidden,
+        head,
+        offsets,
+        ids,
+        weights,
+        cross_entropy_targets=cross_entropy_targets,
+        cross_entropy_weight=cross_entropy_weight,
+        bias=bias,
+        reduction=reduction,
+    )
+
+
+def divergence_terms(
+    divergence: Divergence,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    offsets: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    cross_entropy_targets: torch.Tensor | None,
+    cross_entropy_weight: float,
+    bias: torch.Tensor | None,
+    reduction: Literal["mean", "sum"],
+) -> LossTerms:
+    """Any :class:`Divergence`; the arguments are those of :func:`sparse_kd_loss`."""
     n = hidden.shape[0]
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and head {tuple(head.shape)} do not fit")
@@ -99,123 +148,85 @@ def sparse_kd_terms(
             f"{int(offsets[-1])} entries by offsets, ids {tuple(ids.shape)}, "
             f"weights {tuple(weights.shape)}"
         )
-    if cross_entropy_targets is not None and cross_entropy_targets.shape != (n,):
-        raise ValueError(f"targets {tuple(cross_entropy_targets.shape)} for {n} positions")
+    targets = cross_entropy_targets
+    if targets is not None and targets.shape != (n,):
+        raise ValueError(f"targets {tuple(targets.shape)} for {n} positions")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r}: use 'mean' or 'sum'")
     scale = 1.0 / max(1, n) if reduction == "mean" else 1.0
-    total, distillation, cross_entropy = _SparseKD.apply(  # type: ignore[no-untyped-call]
+
+    counts_N = offsets.diff() > 0
+    if targets is not None:
+        counts_N = counts_N | (targets != IGNORE)
+    rows = counts_N.nonzero()[:, 0]
+    if len(rows) < n:  # the others have no entries: what is left of offsets still fits ids
+        hidden = hidden.index_select(0, rows)
+        offsets = torch.cat([offsets[:1], offsets[1:].index_select(0, rows)])
+        targets = targets if targets is None else targets.index_select(0, rows)
+    total, distillation, cross_entropy = _OnePass.apply(  # type: ignore[no-untyped-call]
         hidden,
         head,
         bias,
-        offsets,
-        ids.long(),
-        weights.float(),
-        cross_entropy_targets,
-        cross_entropy_weight,
-        residual,
+        divergence,
+        Labels(offsets, ids.long(), weights, targets, cross_entropy_weight),
         scale,
     )
     return LossTerms(total, distillation, cross_entropy)
 
 
-class _SparseKD(torch.autograd.Function):
+class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_NH: torch.Tensor,
         head_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
-        offsets: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        targets_N: torch.Tensor | None,
-        ce_weight: float,
-        residual: bool,
+        divergence: Divergence,
+        labels: Labels,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        n, v = hidden_NH.shape[0], head_VH.shape[0]
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden_NH) if wants_hidden else None
         # Sums over rows are kept in float32 whatever the weights' type.
-        grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if wants_head else None
-        grad_bias = (
-            torch.zeros_like(bias_V, dtype=torch.float32)
-            if bias_V is not None and wants_bias
-            else None
+        sums = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+        gradients = Gradients(
+            torch.empty_like(hidden_NH, memory_format=torch.contiguous_format)
+            if wants_hidden
+            else None,
+            torch.empty_like(head_VH, dtype=sums, memory_format=torch.contiguous_format)
+            if wants_head
+            else None,
+            torch.zeros_like(bias_V, dtype=sums) if bias_V is not None and wants_bias else None,
         )
-        distillation = hidden_NH.new_zeros((), dtype=torch.float64)
-        cross_entropy = hidden_NH.new_zeros((), dtype=torch.float64)
-        step = max(1, CHUNK_BYTES // (4 * v))
-        bounds = offsets.tolist()
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            part = slice(bounds[start], bounds[stop])
-            chunk_NH = hidden_NH[start:stop]
-            logits_NV = torch.nn.functional.linear(chunk_NH, head_VH, bias_V).float()
-            rows = torch.repeat_interleave(
-                torch.arange(stop - start, device=ids.device),
-                offsets[start + 1 : stop + 1] - offsets[start:stop],
+        if gradients.head is not None and not len(hidden_NH):
+            gradients.head.zero_()
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            on_gpu = triton_kd.fits(hidden_NH, labels.ids)
+            distillation, cross_entropy = (triton_kd if on_gpu else one_pass).run(
+                divergence, hidden_NH, head_VH, bias_V, labels, scale, gradients
             )
-            sums_N = torch.zeros(stop - start, dtype=torch.float64, device=weights.device)
-            mass_N = sums_N.index_add_(0, rows, weights[part].double()).float()
-            labelled = logits_NV[rows, ids[part]]
-            lse_N = torch.logsumexp(logits_NV, dim=-1)
-            distillation += (mass_N * lse_N).double().sum() - (weights[part] * labelled).sum()
-            # Each softmax entry is multiplied by a factor: one on stored ids, one off them.
-            on_N = off_N = mass_N
-            if residual:
-                others_NV = logits_NV.index_put((rows, ids[part]), logits_NV.new_tensor(-torch.inf))
-                log_rest_N = torch.logsumexp(others_NV, dim=-1) - lse_N  # log(1 - Q)
-                del others_NV
-                has_rest_N = (1.0 - sums_N > ROUNDING) & log_rest_N.isfinite()
-                rest_N = torch.where(has_rest_N, 1.0 - sums_N, 0.0).float()
-                distillation -= torch.where(has_rest_N, rest_N * log_rest_N, 0.0).double().sum()
-                on_N = torch.ones_like(mass_N)
-                off_N = 1.0 - torch.where(has_rest_N, rest_N * torch.exp(-log_rest_N), 0.0)
-            if targets_N is not None:
-                targets = targets_N[start:stop]
-                counted_N = targets != IGNORE
-                observed_N1 = targets.clamp(min=0)[:, None]
-                nll_N = lse_N - logits_NV.gather(1, observed_N1)[:, 0]
-                cross_entropy += torch.where(counted_N, nll_N, 0.0).double().sum()
-                ce_factor_N = ce_weight * counted_N
-                on_N, off_N = on_N + ce_factor_N, off_N + ce_factor_N
-            if not (wants_hidden or wants_head or wants_bias):
-                continue
-            grad_NV = logits_NV.sub_(lse_N[:, None]).exp_()  # the softmax, in place
-            if residual:
-                on_ids = grad_NV[rows, ids[part]] * on_N[rows]
-                grad_NV *= off_N[:, None]
-                grad_NV.index_put_((rows, ids[part]), on_ids)
-            else:
-                grad_NV *= on_N[:, None]
-            grad_NV.index_put_((rows, ids[part]), -weights[part], accumulate=True)
-            if targets_N is not None:
-                grad_NV.scatter_add_(1, observed_N1, -ce_factor_N[:, None])
-            grad_NV *= scale
-            grad_NV = grad_NV.to(hidden_NH.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_NV, head_VH.to(grad_NV.dtype), out=grad_hidden[start:stop])
-            if grad_head is not None:
-                grad_head.addmm_(grad_NV.T.to(grad_head.dtype), chunk_NH.to(grad_head.dtype))
-            if grad_bias is not None:
-                grad_bias += grad_NV.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
-        ctx.dtypes = head_VH.dtype, None if bias_V is None else bias_V.dtype
-        total = distillation + ce_weight * cross_entropy
-        shown = [(value * scale).float() for value in (total, distillation, cross_entropy)]
+        ctx.gradients = gradients
+        ctx.dtypes = (
+            hidden_NH.dtype,
+            head_VH.dtype,
+            None if bias_V is None else bias_V.dtype,
+        )
+        total = distillation + labels.cross_entropy_weight * cross_entropy
+        shown = [(value * scale).to(sums) for value in (total, distillation, cross_entropy)]
         ctx.mark_non_differentiable(shown[1], shown[2])
         return shown[0], shown[1], shown[2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-        grad_hidden, grad_head, grad_bias = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * upstream
-        if grad_head is not None:
-            grad_head = (grad_head * upstream).to(ctx.dtypes[0])
-        if grad_bias is not None:
-            grad_bias = (grad_bias * upstream).to(ctx.dtypes[1])
-        return grad_hidden, grad_head, grad_bias, None, None, None, None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the loss was gone through backward already: compute it again")
+        found, ctx.gradients = ctx.gradients, None
+        # On a GPU asking for the value would wait for it, which costs more than the products.
+        if upstream.is_cuda or upstream != 1:
+            for gradient in found:
+                if gradient is not None:
+                    gradient.mul_(upstream)
+        return *(
+            gradient if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(found, ctx.dtypes, strict=True)
+        ), *[None] * 3

@@ -1,43 +1,50 @@
 """Training a student from stored soft labels; the teacher is not in memory.
 
-The loop is read from top to bottom: plan the batches, load the newest checkpoint, take steps,
-save. Batches follow from the store and the seed alone, so a run that was killed continues to the
-same weights, bit for bit on a CPU.
+The stage is read from top to bottom: check that labels and start belong together, decide the
+start and the vocabulary, plan the steps, run the loop, save. What was decided is written down
+first, so that a run that was killed goes on with it, and a baseline can start from the same.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from seodang.artifact import Artifact, Source, begin, write_atomically
+from seodang.artifact import Artifact, Draft, Source, begin, sha256_file, write_json
 from seodang.causal_lm import (
-    default_device,
     load_tokenizer,
     model_fingerprint,
+    quiet_transformers,
     tokenizer_fingerprint,
 )
-from seodang.errors import InputError, WorkFailed
-from seodang.progress import say, track
+from seodang.errors import InputError
 from seodang.recipe import StudentConfig
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore, check_tokens
-from seodang.student import checkpoint
-from seodang.student.batch import Objective, batch_loss
-from seodang.student.initialise import check_layers, choose_layers, depth_pruned
+from seodang.student.divergences import sparse_divergence_terms
+from seodang.student.log import EVENTS, SPEED
+from seodang.student.loop import CHECKPOINTS, Plan, run
+from seodang.student.losses import LossTerms, sparse_kd_terms
+from seodang.student.packing import Objective, Pack, hidden_states, use_packed_attention
+from seodang.student.parallel import Processes, join
+from seodang.student.plan import plan_steps, share
+from seodang.student.start import build_start, check_start, choose_start, start_directory
+from seodang.student.vocabulary import (
+    VOCABULARY,
+    TrimmedVocabulary,
+    check_vocabulary,
+    choose_vocabulary,
+    trim_model,
+    trim_sequence,
+    trim_tokenizer,
+    trimmed_lengths,
+    trimming_report,
+)
 
-CHECKPOINTS = "checkpoints"
-LOG = "training.jsonl"
 START = "start.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,6 +53,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+# Keys that change nothing of the student: where it starts is told by fingerprint, not by path.
+_NOT_IDENTITY = {"path", "checkpoint_steps", "keep_checkpoints", "on_policy"}
 
 
 def train(
@@ -55,173 +64,258 @@ def train(
     out: Path,
     *,
     objective: Objective = "soft-labels",
-    layers: Sequence[int] | None = None,
+    same_start_as: Artifact | None = None,
+    continue_from: Artifact | None = None,
     sources: Sequence[Source] = (),
 ) -> Artifact:
-    """Train a depth-pruned student of ``teacher`` on ``store``; resumes what ``out`` holds.
+    """Train a student on ``store``; resumes what ``out`` holds.
 
-    ``objective`` "cross-entropy" trains the same start on the same batches by the observed tokens
-    alone: the baseline that distillation must beat. ``layers`` of the teacher to keep; None
-    chooses them by :func:`seodang.student.initialise.choose_layers`.
+    The labels are in the vocabulary of the model in ``teacher``, the student's may be smaller.
+    ``objective`` "cross-entropy" trains on the same batches by the observed tokens alone: the
+    baseline that distillation must beat, from the ``same_start_as`` the student. ``continue_from``
+    goes on from a finished student's weights, in its vocabulary, instead of the recipe's start.
 
-    Raises ``InputError`` if the store was made with another tokenizer or its tokens were changed,
-    ``WorkFailed`` if the loss stops being finite.
+    Started by torchrun, all its processes train the one student.
+
+    Raises ``InputError`` if the store was made with another tokenizer, its tokens were changed,
+    or the start is impossible, and ``WorkFailed`` if the loss stops being finite.
     """
-    tokenizer = load_tokenizer(teacher)
-    store.check_tokenizer(tokenizer_fingerprint(tokenizer))
-    inputs = {"soft_labels": store.artifact.digest, "start": model_fingerprint(teacher)}
-    used = {**config.model_dump(exclude={"checkpoint_steps"}), "objective": objective}
-    if layers is not None:
-        used["kept_layers"] = list(layers)
-    check_layers(teacher, config.layers or 1)
+    with join() as processes:
+        draft: Draft | Artifact | None = None
+        if processes.first:
+            draft = _begin(store, teacher, config, out, objective, same_start_as, continue_from)
+        (finished,) = processes.add([float(isinstance(draft, Artifact))])
+        if finished:
+            return draft if isinstance(draft, Artifact) else Artifact.open(out, "student")
+        if isinstance(draft, Draft) and not (out / START).exists():
+            _decide(store, teacher, config, out, same_start_as, continue_from)
+        processes.wait()
+        _fit(store, teacher, config, out, objective, continue_from, processes)
+        if isinstance(draft, Draft):
+            draft.finish(
+                sources=sources,
+                summary=json.loads((out / START).read_bytes())["summary"],
+                measured=[SPEED, EVENTS],
+                temporary=[CHECKPOINTS],
+            )
+        processes.wait()
+        return Artifact.open(out, "student")
+
+
+def _begin(
+    store: SoftLabelStore,
+    teacher: Path,
+    config: StudentConfig,
+    out: Path,
+    objective: Objective,
+    same_start_as: Artifact | None,
+    continue_from: Artifact | None,
+) -> Draft | Artifact:
+    """Check what can be checked before any work, and open ``out``."""
+    store.check_tokenizer(tokenizer_fingerprint(load_tokenizer(teacher)))
+    if config.divergence != "forward-kl" and store.estimator not in ("residual", "top-k"):
+        raise InputError(
+            f"student.divergence {config.divergence} needs the teacher's probabilities of the "
+            f"stored ids, which {store.estimator} labels do not hold: set soft_labels.estimator "
+            "to residual"
+        )
+    inputs = {"soft_labels": store.artifact.digest}
+    if continue_from is not None:
+        inputs["continue_from"] = continue_from.digest
+    else:
+        check_start(teacher, config)
+        if config.vocabulary is not None:
+            check_vocabulary(teacher, config.vocabulary)
+        inputs["start"] = model_fingerprint(start_directory(teacher, config))
+    if same_start_as is not None:
+        for name in (START, VOCABULARY):
+            if (same_start_as.path / name).exists():
+                inputs[name] = sha256_file(same_start_as.path / name)
+    used = {**config.model_dump(exclude=_NOT_IDENTITY), "objective": objective}
     draft = begin(out, "student", used, inputs)
-    if isinstance(draft, Artifact):
-        return draft
-
-    if problems := store.artifact.verify():
+    if isinstance(draft, Draft) and (problems := store.artifact.verify()):
         raise InputError(f"{store.path}: " + "; ".join(problems))
-    batches = plan_batches(store.lengths.tolist(), config.batch_tokens, config.epochs, config.seed)
+    return draft
 
-    start = draft.path / START
-    if not start.exists():
-        kept = choose_layers(teacher, store, config.layers or 1) if layers is None else list(layers)
-        write_atomically(start, json.dumps({"kept_layers": kept}).encode() + b"\n")
-    kept = json.loads(start.read_bytes())["kept_layers"]
-    device = default_device()
-    torch.manual_seed(config.seed)
-    model = depth_pruned(teacher, kept).to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    checkpoints = draft.path / CHECKPOINTS
-    step = checkpoint.load(checkpoints, model, optimizer)
-    log = draft.path / LOG
-    keep_lines(log, step)
-    if step:
-        say(f"Continuing from step {step} of {len(batches)}")
 
-    tokens = [int(store.labelled_counts[batch].sum()) for batch in batches]
-    residual = store.estimator == "residual"
-    name = "Training the student" if objective == "soft-labels" else "Training the baseline"
-    with (
-        log.open("a") as lines,
-        stop_on_interrupt() as stopping,
-        track(name, sum(tokens), "tok", sum(tokens[:step])) as advance,
-    ):
-        while step < len(batches):
-            batch = [checked(store, i) for i in batches[step]]
-            rate = config.learning_rate * schedule(step, len(batches), config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            terms = batch_loss(model, batch, objective, config.cross_entropy_weight, residual)
-            terms.total.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            if not math.isfinite(float(terms.total.detach())) or not math.isfinite(float(norm)):
-                documents = ", ".join(sorted({s.document_id for s in batch}))
-                raise WorkFailed(
-                    f"step {step}: the loss is not finite; documents of the batch: {documents}. "
-                    "Lower student.learning_rate, or look at these documents"
-                )
-            optimizer.step()
-            step += 1
-            row = {
-                "step": step,
-                "tokens": tokens[step - 1],
-                "loss": float(terms.total.detach()),
-                "kd_loss": float(terms.distillation),
-                "cross_entropy": float(terms.cross_entropy),
-                "learning_rate": rate,
-                "gradient_norm": float(norm),
-            }
-            lines.write(json.dumps(row) + "\n")
-            advance(tokens[step - 1], f"loss {row['loss']:.3f}")
-            if step % config.checkpoint_steps == 0 or stopping.is_set():
-                lines.flush()
-                os.fsync(lines.fileno())
-                checkpoint.save(checkpoints, step, model, optimizer)
-            if stopping.is_set():
-                raise KeyboardInterrupt
-
-    model.to("cpu").save_pretrained(draft.path)
-    for file in TOKENIZER_FILES:
-        if (teacher / file).is_file():
-            shutil.copyfile(teacher / file, draft.path / file)
-    summary = {
-        "kept_layers": kept,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": len(batches),
-        "tokens": sum(tokens),
+def _decide(
+    store: SoftLabelStore,
+    teacher: Path,
+    config: StudentConfig,
+    out: Path,
+    same_start_as: Artifact | None,
+    continue_from: Artifact | None,
+) -> None:
+    """Write down the start, the vocabulary and the tokenizer."""
+    given = same_start_as or continue_from
+    vocabulary = None
+    if given is not None and (given.path / VOCABULARY).exists():
+        vocabulary = TrimmedVocabulary.load(given.path / VOCABULARY)
+    elif given is None and config.vocabulary is not None:
+        vocabulary = choose_vocabulary(teacher, store, config.vocabulary)
+    if vocabulary is not None:
+        vocabulary.save(out / VOCABULARY)
+        trim_tokenizer(teacher, vocabulary, out)
+    else:
+        for file in TOKENIZER_FILES:
+            if (teacher / file).is_file():
+                shutil.copyfile(teacher / file, out / file)
+    if same_start_as is not None:
+        choice = json.loads((same_start_as.path / START).read_bytes())["choice"]
+    elif continue_from is not None:
+        choice = {}
+    else:
+        choice = choose_start(teacher, store, config)
+    steps, lengths, labelled = _steps(store, config, vocabulary)
+    used = [index for step in steps for index in step]
+    summary: dict[str, Any] = {
+        "steps": len(steps),
+        "tokens": sum(lengths[index] for index in used),
+        "labelled": sum(labelled[index] for index in used),
     }
-    return draft.finish(sources=sources, summary=summary, temporary=[CHECKPOINTS])
+    if vocabulary is not None:
+        summary["vocabulary"] = trimming_report(store, vocabulary)
+    write_json(out / START, {"choice": choice, "summary": summary})
 
 
-def checked(store: SoftLabelStore, index: int) -> SoftLabelSequence:
-    """A sequence whose labels belong to its tokens; raises ``InputError`` if they do not."""
+def _steps(
+    store: SoftLabelStore, config: StudentConfig, vocabulary: TrimmedVocabulary | None
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """The sequences of every step; tokens and labelled positions of every sequence."""
+    if vocabulary is None:
+        lengths, labelled = store.lengths, store.labelled_counts
+    else:
+        lengths, labelled = trimmed_lengths(store, vocabulary)
+    steps = plan_steps(lengths.tolist(), config.batch_tokens, config.epochs, config.seed)
+    return steps, lengths.tolist(), labelled.tolist()
+
+
+def _fit(
+    store: SoftLabelStore,
+    teacher: Path,
+    config: StudentConfig,
+    out: Path,
+    objective: Objective,
+    continue_from: Artifact | None,
+    processes: Processes,
+) -> None:
+    """Train the student that was decided on, and write its weights."""
+    vocabulary = vocabulary_of(out)
+
+    def start() -> Any:
+        if continue_from is not None:
+            return load_student(continue_from.path)
+        return untrained(out, teacher, config)
+
+    model = start().to(processes.device).train()
+    use_packed_attention(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = Distillation(model, config, objective, store.estimator == "residual")
+    processes.shard(module, list(model.base_model.layers))
+
+    steps, lengths, labelled = _steps(store, config, vocabulary)
+
+    def packs(step: int) -> list[list[SoftLabelSequence]]:
+        shared = share(steps[step], lengths, processes.count, config.micro_batch_tokens)
+        return [
+            [checked(store, index, vocabulary) for index in members]
+            for members in shared[processes.rank]
+        ]
+
+    plan = Plan(
+        tokens=[sum(lengths[index] for index in step) for step in steps],
+        labelled=[sum(labelled[index] for index in step) for step in steps],
+        packs=packs,
+    )
+    name = "Training the student" if objective == "soft-labels" else "Training the baseline"
+    run(name, module, plan, config, out, processes, objective)
+
+    if processes.count > 1:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if processes.first:
+            model = start()
+            model.load_state_dict(state)
+    if processes.first:
+        model.to("cpu").save_pretrained(out)
+
+
+class Distillation(torch.nn.Module):
+    """A student together with its loss: maps a pack to the sums of the loss terms.
+
+    The loss is computed inside, where the head's weights are whole, also if they are sharded.
+    """
+
+    def __init__(
+        self, model: Any, config: StudentConfig, objective: Objective, residual: bool
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.divergence = config.divergence if objective == "soft-labels" else "forward-kl"
+        self.cross_entropy_weight = (
+            config.cross_entropy_weight if objective == "soft-labels" else 1.0
+        )
+        self.residual = residual and objective == "soft-labels"
+
+    def forward(self, batch: Pack) -> LossTerms:
+        """Sums over the pack's labelled positions, in nats."""
+        hidden_NH = hidden_states(self.model, batch)
+        head = self.model.get_output_embeddings()
+        if torch.is_autocast_enabled(hidden_NH.device.type):
+            hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
+        labels = (batch.offsets, batch.entry_ids, batch.weights)
+        options: dict[str, Any] = {
+            "cross_entropy_targets": batch.targets,
+            "cross_entropy_weight": self.cross_entropy_weight,
+            "bias": getattr(head, "bias", None),
+            "reduction": "sum",
+        }
+        if self.divergence == "forward-kl":
+            return sparse_kd_terms(
+                hidden_NH, head.weight, *labels, residual=self.residual, **options
+            )
+        terms: LossTerms = sparse_divergence_terms(
+            hidden_NH, head.weight, *labels, divergence=self.divergence, **options
+        )
+        return terms
+
+
+def checked(
+    store: SoftLabelStore, index: int, vocabulary: TrimmedVocabulary | None = None
+) -> SoftLabelSequence:
+    """A sequence whose labels belong to its tokens, in the student's vocabulary.
+
+    Raises ``InputError`` if they do not.
+    """
     sequence = store[index]
     if problem := check_tokens(sequence):
         raise InputError(f"{store.path}: document {sequence.document_id}: {problem}")
-    return sequence
+    return sequence if vocabulary is None else trim_sequence(sequence, vocabulary)
 
 
-def plan_batches(
-    lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int
-) -> list[list[int]]:
-    """Indices of the sequences of every step, from the lengths and the seed alone.
-
-    Each epoch shuffles the sequences, sorts runs of them by length so that little is padded, cuts
-    them into batches of at most ``batch_tokens`` padded tokens, and shuffles the batches.
-    """
-    steps: list[list[int]] = []
-    for epoch in range(epochs):
-        generator = np.random.default_rng([seed, epoch])
-        order = generator.permutation(len(lengths)).tolist()
-        mean = max(1, sum(lengths) // max(1, len(lengths)))
-        run = 16 * max(1, batch_tokens // mean)
-        batches: list[list[int]] = []
-        for start in range(0, len(order), run):
-            batches.append([])
-            for index in sorted(order[start : start + run], key=lambda i: (lengths[i], i)):
-                if batches[-1] and (len(batches[-1]) + 1) * lengths[index] > batch_tokens:
-                    batches.append([])
-                batches[-1].append(index)
-        steps += [batches[i] for i in generator.permutation(len(batches))]
-    return steps
+def vocabulary_of(student: Path) -> TrimmedVocabulary | None:
+    """The trimmed vocabulary of a student, None if it has the teacher's."""
+    file = student / VOCABULARY
+    return TrimmedVocabulary.load(file) if file.exists() else None
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate: linear warm-up, then a cosine down to a tenth."""
-    rise = round(warmup * steps)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    progress = (step - rise) / max(1, steps - rise)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+def untrained(student: Path, teacher: Path, config: StudentConfig) -> Any:
+    """The model that the student in ``student`` started from, in float32."""
+    choice = json.loads((student / START).read_bytes())["choice"]
+    model = build_start(teacher, config, choice)
+    if vocabulary := vocabulary_of(student):
+        trim_model(model, vocabulary)
+    return model
 
 
-def keep_lines(log: Path, count: int) -> None:
-    """Cut the log back to the steps that the checkpoint holds."""
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)[:count]
-        log.write_text("".join(lines))
+def load_student(student: Path) -> Any:
+    """The model of a finished student, in float32."""
+    from transformers import AutoModelForCausalLM
 
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that the step in hand is finished and saved."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
+    quiet_transformers()
+    return AutoModelForCausalLM.from_pretrained(
+        student, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )

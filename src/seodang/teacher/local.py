@@ -64,6 +64,10 @@ class LocalTeacher:
         """Longest sequence the model was made for, in tokens."""
         return int(getattr(self.config, "max_position_embeddings", 2**31))
 
+    def unload(self) -> None:
+        """Let the weights go; they are loaded again when they are needed."""
+        self.__dict__.pop("model", None)
+
 
 def read_config(directory: Path) -> Any:
     """The configuration of the language model in a directory; ``InputError`` if there is none."""

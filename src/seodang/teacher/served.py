@@ -200,6 +200,9 @@ class ServedTeacher:
                 f"with --max-model-len {length + TOKENS_BEYOND}, or cut the document"
             )
 
+    def unload(self) -> None:
+        """Nothing is held here: the weights are the server's."""
+
     def check_parity(self, sequences: Sequence[TokenSequence], k: int) -> dict[str, Any]:
         """Check tokenizer and log-probabilities of the server before anything is captured.
 

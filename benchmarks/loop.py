@@ -1,0 +1,95 @@
+"""What the training loop costs beside the products: Python, reading labels, logging.
+
+    python benchmarks/loop.py runs/cs --layers 6 --steps 30
+
+`runs/cs` is a finished run. The same steps are taken twice in turns: by the loop of `seodang run`,
+from the store on disk, and by a bare one, whose packs lie ready in memory and which does nothing
+but forward, backward, clip and step. Prints the ratio of their times and where the rest goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from seodang.recipe import StudentConfig, TeacherConfig
+from seodang.softlabels import open as open_store
+from seodang.student import train as training
+from seodang.student.log import SPEED, read_rows
+from seodang.student.loop import Plan, run
+from seodang.student.packing import pack, use_packed_attention
+from seodang.student.parallel import Processes
+from seodang.student.plan import plan_steps
+from seodang.student.start import build_start, choose_start
+from seodang.teacher.local import teacher_directory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+
+    recipe = json.loads((options.run / "recipe.json").read_bytes())
+    teacher = teacher_directory(TeacherConfig(**recipe["teacher"]))
+    store = open_store(options.run / "soft-labels")
+    config = StudentConfig(layers=options.layers, batch_tokens=options.batch_tokens)
+    choice = choose_start(teacher, store, config)
+    lengths = store.lengths.tolist()
+    steps = plan_steps(lengths, config.batch_tokens, 1, 0)[: options.steps]
+    device = Processes(0, 1, torch.device("cpu"))
+    plan = Plan(
+        tokens=[sum(lengths[i] for i in step) for step in steps],
+        labelled=[int(store.labelled_counts[step].sum()) for step in steps],
+        packs=lambda step: [[training.checked(store, i) for i in steps[step]]],
+    )
+
+    def start() -> training.Distillation:
+        model = build_start(teacher, config, choice).train()
+        use_packed_attention(model)
+        return training.Distillation(model, config, "soft-labels", store.estimator == "residual")
+
+    def bare() -> list[float]:
+        module = start()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+        ready = [pack([store[i] for i in step]) for step in steps]
+        seconds = []
+        for batch, labelled in zip(ready, plan.labelled, strict=True):
+            started = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            (module(batch).total / labelled).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def ours() -> list[float]:
+        folder = Path(tempfile.mkdtemp())
+        try:
+            run("Training", start(), plan, config, folder, device)
+            return [row["seconds"] for row in read_rows(folder / SPEED)]
+        finally:
+            shutil.rmtree(folder)
+
+    ratios = []
+    for _ in range(options.repeats):
+        floor, found = bare(), ours()
+        # The first steps fill caches and allocate the optimizer's moments.
+        ratios += [b / a for a, b in zip(floor[2:], found[2:], strict=True)]
+        speed = sum(plan.tokens[2:]) / sum(found[2:])
+        print(f"bare {sum(floor[2:]):.2f} s, loop {sum(found[2:]):.2f} s, {speed:.0f} tok/s")
+    print(f"loop / bare, median of {len(ratios)} steps: {statistics.median(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Sequences packed end to end into one row, none of which sees another.
+
+Nothing is padded: every product runs over the pack's tokens alone. What keeps the sequences apart
+is the attention, computed one sequence at a time by :func:`packed_attention`, and positions that
+begin anew with each sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from seodang.corpus.sequences import observed_tokens
+from seodang.errors import InputError
+from seodang.softlabels.store import SoftLabelSequence
+
+Objective = Literal["soft-labels", "cross-entropy"]
+ATTENTION = "seodang_packed"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The tokens of some sequences, and the labels of some of their positions.
+
+    ``ids`` and ``positions`` (T,) int64; ``lengths`` of the sequences, T in sum; ``rows`` (N,)
+    int64 are the labelled tokens, whose entries are [offsets[i], offsets[i+1]) of ``entry_ids``
+    and ``weights``, and whose observed next tokens are ``targets`` (N,), -100 where there is none.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    lengths: list[int]
+    rows: torch.Tensor
+    offsets: torch.Tensor
+    entry_ids: torch.Tensor
+    weights: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> Pack:
+        """The same pack on ``device``."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return Pack(lengths=self.lengths, **moved)
+
+
+def pack(sequences: Sequence[SoftLabelSequence], objective: Objective = "soft-labels") -> Pack:
+    """Put sequences end to end; "cross-entropy" leaves the labels' entries out.
+
+    No sequence at all gives one token without labels, so that a process with nothing to do can
+    still take part in a step.
+    """
+    if not sequences:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        one = torch.zeros(1, dtype=torch.int64)
+        return Pack(one, one, [1], nothing, one, nothing, nothing.float(), nothing)
+    lengths = [len(s.token_ids) for s in sequences]
+    starts = np.cumsum([0, *lengths[:-1]])
+    rows = np.concatenate([s.labelled + start for s, start in zip(sequences, starts, strict=True)])
+    counts = np.concatenate([np.diff(s.offsets)[s.labelled] for s in sequences])
+    entry_ids = np.concatenate([s.ids for s in sequences])
+    weights = np.concatenate([s.weights for s in sequences])
+    if objective == "cross-entropy":
+        counts, entry_ids, weights = counts * 0, entry_ids[:0], weights[:0]
+    return Pack(
+        ids=torch.from_numpy(np.concatenate([s.token_ids for s in sequences]).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        lengths=lengths,
+        rows=torch.from_numpy(rows.astype(np.int64)),
+        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)),
+        entry_ids=torch.from_numpy(entry_ids.astype(np.int64)),
+        weights=torch.from_numpy(weights),
+        targets=torch.from_numpy(np.concatenate([observed_tokens(s) for s in sequences])),
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    document_lengths: Sequence[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sequence of a pack, as transformers calls it.
+
+    ``query`` is (1, heads, T, head), ``key`` and ``value`` may have fewer heads; gives
+    (1, T, heads, head).
+    """
+    assert attention_mask is None
+    parts = zip(
+        *(tensor.split(list(document_lengths), dim=2) for tensor in (query, key, value)),
+        strict=True,
+    )
+    grouped = key.shape[1] != query.shape[1]
+    attended = []
+    for query_part, key_part, value_part in parts:
+        mask = None
+        if sliding_window is not None and query_part.shape[2] > sliding_window:
+            whole = torch.ones(query_part.shape[2], query_part.shape[2], dtype=torch.bool)
+            mask = whole.tril().triu(1 - sliding_window).to(query.device)
+        attended.append(
+            scaled_dot_product_attention(
+                query_part,
+                key_part,
+                value_part,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let ``model`` take packs; raises ``InputError`` if its attention cannot be exchanged."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    try:
+        model.set_attn_implementation(ATTENTION)
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{type(model).__name__}: its attention cannot keep packed sequences apart ({error})"
+        ) from None
+
+
+def hidden_states(model: Any, batch: Pack) -> torch.Tensor:
+    """Last hidden states of the labelled tokens, (N, H); the model uses packed attention."""
+    found = model.base_model(
+        batch.ids[None],
+        position_ids=batch.positions[None],
+        use_cache=False,
+        document_lengths=batch.lengths,
+    )
+    hidden_TH = found.last_hidden_state[0]
+    assert isinstance(hidden_TH, torch.Tensor)
+    return hidden_TH[batch.rows]
