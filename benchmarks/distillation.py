@@ -104,6 +104,7 @@ def capture_labels(options: argparse.Namespace) -> dict[str, Any]:
     config = StudentConfig(layers=options.layers)
     student = build_start(options.teacher, config, choose_start(options.teacher, store, config))
     student.save_pretrained(options.folder / "start")
+    tokenizer.save_pretrained(options.folder / "start")
     return {"tokens_per_second": wanted / seconds, "bytes_per_token": store.bytes_per_token}
 
 
@@ -114,7 +115,7 @@ def train_seodang(options: argparse.Namespace, trim: int | None = None) -> dict[
     from seodang.student.train import train
 
     config = StudentConfig(
-        layers=options.layers,
+        path=str(options.folder / "start"),
         batch_tokens=LENGTH * BATCH,
         cross_entropy_weight=0.0,
         checkpoint_steps=options.steps + 1,

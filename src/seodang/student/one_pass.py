@@ -23,6 +23,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from seodang.student.products import linear
+
 CHUNK_BYTES = 80 * 2**20  # of one chunk of exponentials, however many rows there are
 CHUNK_SHARE = 0.102  # of (N, V) in float32 that a chunk takes: with a tile still below 1/8
 LEAST_ROWS = 64  # fewer rows in a product are slow
@@ -179,7 +181,7 @@ class _Tiles:
     def _logits(self, start: int, shift_R: torch.Tensor | None) -> torch.Tensor:
         ids = slice(start, start + self.tile)
         minus_R = None if shift_R is None else -shift_R
-        logits_TR = _linear(self.head_VH[ids].to(self.x_RH.dtype), self.x_RH, minus_R)
+        logits_TR = linear(self.head_VH[ids].to(self.x_RH.dtype), self.x_RH, minus_R)
         if self.bias_V is not None:
             logits_TR += self.bias_V[ids].to(logits_TR)[:, None]
         return logits_TR
@@ -227,9 +229,9 @@ class _Tiles:
             entries.add(index, grad_TR)
             observed.add(index, grad_TR)
             if gradients.hidden is not None:
-                hidden_RH += _linear(grad_TR.T, self.head_VH[ids].to(grad_TR.dtype).T)
+                hidden_RH += linear(grad_TR.T, self.head_VH[ids].to(grad_TR.dtype).T)
             if gradients.head is not None:
-                head_TH = _linear(grad_TR, self.x_RH.T)
+                head_TH = linear(grad_TR, self.x_RH.T)
                 if span.start:
                     gradients.head[ids] += head_TH
                 else:
@@ -270,22 +272,3 @@ class _Places:
         """Add ``values``; of a repeated pair, all."""
         part = self._in(tile)
         grad_TR.view(-1).index_add_(0, self._flat[part], self.values[self._order[part]].to(grad_TR))
-
-
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``F.linear``, through oneDNN where PyTorch would send float32 to MKL.
-
-    MKL does not use AVX-512 on processors that are not Intel's: on an AMD EPYC (Zen 5) the
-    products of this module took 2.2 times as long by it.
-    """
-    if (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-    ):
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return found
-    return torch.nn.functional.linear(x, weight, bias)

@@ -32,6 +32,7 @@ from seodang.student.losses import LossTerms, sparse_kd_terms
 from seodang.student.packing import Objective, Pack, hidden_states, use_packed_attention
 from seodang.student.parallel import Processes, join
 from seodang.student.plan import plan_steps, share
+from seodang.student.products import use_fast_products
 from seodang.student.start import build_start, check_start, choose_start, start_directory
 from seodang.student.vocabulary import (
     VOCABULARY,
@@ -209,6 +210,7 @@ def _fit(
 
     model = start().to(processes.device).train()
     use_packed_attention(model)
+    use_fast_products(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Distillation(model, config, objective, store.estimator == "residual")
