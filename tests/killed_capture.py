@@ -2,7 +2,9 @@
 
     python killed_capture.py TEACHER OUT TIMES
 
-Prints as JSON how often a capture was killed in the midst of its work, and what was wrong.
+Each is killed three times, each time a moment after one more random shard was there, however fast
+the machine is. Prints as JSON how often one was killed in the midst of its work, and what was
+wrong.
 """
 
 from __future__ import annotations
@@ -45,29 +47,37 @@ def content(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
+def kill(child: int, out: Path, shards: int) -> int:
+    """Kill the process a moment after it has finished more than ``shards``; its exit code."""
+    while len(finished_shards(out)) <= shards:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.0005)
+    time.sleep(random.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)  # a zombie, if it has ended: nothing happens then
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def main() -> None:
     directory, out, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     capture_module.SHARD_TOKENS = 60
     teacher = LocalTeacher(directory)
     teacher.model, teacher.tokenizer, teacher.fingerprint  # noqa: B018 (loaded before all forks)
-    began = time.monotonic()
     assert os.waitpid(start(teacher, out / "whole"), 0)[1] == 0
-    whole, took = content(out / "whole"), time.monotonic() - began
+    whole = content(out / "whole")
+    shards = len(finished_shards(out / "whole"))
     killed, partial, wrong = 0, 0, []
     for number in range(times):
         path = out / str(number)
-        code = -signal.SIGKILL
-        while code == -signal.SIGKILL:
+        for moment in [*sorted(random.sample(range(-1, shards - 1), 3)), shards]:
             before = finished_shards(path)
-            child = start(teacher, path)
-            time.sleep(random.uniform(0, took))
-            os.kill(child, signal.SIGKILL)  # a zombie, if it has ended: nothing happens then
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            code = kill(start(teacher, path), path, moment)
             after = finished_shards(path)
             wrong += [f"{name} made again" for name in before if before[name] != after.get(name)]
             if code == -signal.SIGKILL:
                 killed += 1
-                partial += 0 < len(after) < len(whole) - 1
+                partial += 0 < len(after) < shards
         if code:
             wrong.append(f"run {number} ended with {code}")
         elif content(path) != whole:
