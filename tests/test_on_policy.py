@@ -91,25 +91,35 @@ def uniforms_of(count, steps, seed=1):
 
 @torch.inference_mode()
 def drawn_one_by_one(model, prompt, uniforms, temperature):
-    """The same draws without cache, padding or batch."""
-    ids = torch.from_numpy(prompt.astype(np.int64))
-    for uniform in uniforms:
+    """The same draws without cache, padding or batch, and numbers that surely give them.
+
+    A number that falls between two tokens may draw either, by the rounding of the logits: each is
+    moved to the middle of what its token has of the distribution.
+    """
+    ids, sure = torch.from_numpy(prompt.astype(np.int64)), uniforms.copy()
+    for step, uniform in enumerate(uniforms):
         p = torch.softmax(model.model(ids[None]).logits[0, -1].float() / temperature, -1)
-        token = draw(p[None], np.array([[uniform]]))[0, 0]
+        token = int(draw(p[None], np.array([[uniform]]))[0, 0])
+        below = float(p[:token].double().sum())
+        sure[step] = (below + float(p[token]) / 2) / float(p.double().sum())
         ids = torch.cat([ids, torch.tensor([token])])
         if token in stop_ids(model):
             break
-    return ids[len(prompt) :].numpy()
+    return ids[len(prompt) :].numpy(), sure
 
 
 def test_answers_are_the_models_own_draws_whatever_stands_beside_them(world):
     model = CausalLM.load(world.student.path)
     model.model.generation_config.repetition_penalty = 5.0  # must not be heeded
     prompts, uniforms = random_prompts([3, 17, 1, 9]), uniforms_of(4, 10)
-    together = sample(model, prompts, uniforms, 0.7)
+    expected, sure = zip(
+        *(drawn_one_by_one(model, *given, 0.7) for given in zip(prompts, uniforms, strict=True)),
+        strict=True,
+    )
+    together = sample(model, prompts, sure, 0.7)
     assert model.model.generation_config.repetition_penalty == 5.0
-    for prompt, numbers, found in zip(prompts, uniforms, together, strict=True):
-        np.testing.assert_array_equal(found, drawn_one_by_one(model, prompt, numbers, 0.7))
+    for prompt, numbers, wanted, found in zip(prompts, sure, expected, together, strict=True):
+        np.testing.assert_array_equal(found, wanted)
         (alone,) = sample(model, [prompt], [numbers], 0.7)
         np.testing.assert_array_equal(found, alone)
 
