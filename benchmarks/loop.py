@@ -27,6 +27,7 @@ from seodang.student.loop import Plan, run
 from seodang.student.packing import pack, use_packed_attention
 from seodang.student.parallel import Processes
 from seodang.student.plan import plan_steps
+from seodang.student.products import use_fast_products
 from seodang.student.start import build_start, choose_start
 from seodang.teacher.local import teacher_directory
 
@@ -57,6 +58,7 @@ def main() -> None:
     def start() -> training.Distillation:
         model = build_start(teacher, config, choice).train()
         use_packed_attention(model)
+        use_fast_products(model)
         return training.Distillation(model, config, "soft-labels", store.estimator == "residual")
 
     def bare() -> list[float]:
