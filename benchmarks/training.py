@@ -99,7 +99,7 @@ def main() -> None:
     corpus = Artifact.open(options.run / "corpus")
     directory = teacher_directory(TeacherConfig(**recipe["teacher"]))
     teacher = LocalTeacher(directory)
-    packed = training.load_student(directory)
+    packed = CausalLM.load(directory).model
     use_packed_attention(packed)
     text, held_out = take("train", options.tokens), take("held_out", options.held_out)
     folder = Path(tempfile.mkdtemp())

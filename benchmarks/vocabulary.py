@@ -41,7 +41,7 @@ from seodang.softlabels.store import SoftLabelStore
 from seodang.softlabels.store import open as open_store
 from seodang.student.packing import pack, use_packed_attention
 from seodang.student.plan import plan_steps
-from seodang.student.train import Distillation, checked, load_student, train, vocabulary_of
+from seodang.student.train import Distillation, checked, train, vocabulary_of
 from seodang.student.vocabulary import (
     VOCABULARY,
     TrimmedVocabulary,
@@ -125,7 +125,7 @@ def training_speed(
     config = StudentConfig()
     modules, optimizers, vocabularies = {}, {}, {}
     for name, path in students.items():
-        model = load_student(path).train()
+        model = CausalLM.load(path).model.train()
         use_packed_attention(model)
         modules[name] = Distillation(model, config, "soft-labels", store.estimator == "residual")
         optimizers[name] = torch.optim.AdamW(modules[name].parameters(), lr=1e-5, fused=True)

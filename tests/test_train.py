@@ -24,7 +24,7 @@ from seodang.student.loop import schedule
 from seodang.student.packing import use_packed_attention
 from seodang.student.parallel import Processes
 from seodang.student.plan import plan_steps, share
-from seodang.student.train import Distillation, load_student, train, untrained
+from seodang.student.train import Distillation, train, untrained
 from seodang.teacher.local import LocalTeacher
 from tiny import tiny_teacher
 from tiny_store import sequences
@@ -206,7 +206,7 @@ def test_checkpoints_hold_weights_moments_and_nothing_to_unpickle(store, teacher
 
 
 def untrained_model(teacher):
-    model = load_student(teacher)
+    model = CausalLM.load(teacher).model
     use_packed_attention(model)
     return model
 
@@ -242,7 +242,7 @@ def test_bfloat16_follows_float32(teacher, store, undisturbed, tmp_path):
     )
     assert not np.array_equal(losses, expected)  # it was used
     np.testing.assert_allclose(losses, expected, rtol=0.03)
-    assert load_student(half.path).dtype == torch.float32
+    assert CausalLM.load(half.path).model.dtype == torch.float32
 
 
 def test_gradient_checkpointing_gives_the_same_student(teacher, store, undisturbed, tmp_path):

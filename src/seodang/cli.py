@@ -149,9 +149,10 @@ def distill(
 
     loaded = load_recipe(recipe, settings)
     from seodang import pipeline
+    from seodang.student.parallel import is_first_process
 
     student = pipeline.distill(loaded, out)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     if as_json:
         print_json(

@@ -6,9 +6,8 @@ Each stage is an artifact; one whose inputs and config did not change is not run
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,8 @@ def run(recipe: Recipe, out: Path) -> RunResult:
     Raises ``InputError`` before any work if ``out`` belongs to another recipe or something the
     recipe needs is not on this machine.
     """
-    claim(recipe, out)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            return _run(recipe, out)
-    except Timeout:
-        raise InputError(f"{out}: another run is at work here") from None
+    with claimed(recipe, out):
+        return _run(recipe, out)
 
 
 def _run(recipe: Recipe, out: Path) -> RunResult:
@@ -187,6 +182,7 @@ def distill(recipe: Recipe, out: Path) -> Artifact:
     then. Raises ``InputError`` if ``out`` holds no soft labels.
     """
     from seodang.softlabels.store import open as open_store
+    from seodang.student.parallel import is_first_process
     from seodang.student.train import train
     from seodang.teacher.local import teacher_directory
 
@@ -196,23 +192,28 @@ def distill(recipe: Recipe, out: Path) -> Artifact:
             "which may be stopped once they are there"
         )
     store = open_store(out / "soft-labels")
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-    if first:
-        claim(recipe, out)
+    with claimed(recipe, out) if is_first_process() else nullcontext():
+        return train(
+            store,
+            teacher_directory(recipe.teacher),
+            recipe.student,
+            out / "student",
+            sources=store.artifact.manifest.sources,
+        )
+
+
+@contextmanager
+def claimed(recipe: Recipe, out: Path, work: str = "run") -> Iterator[None]:
+    """Hold ``out`` for this recipe; raises ``InputError`` if it is not its, or is at work."""
+    _claim(recipe, out)
     try:
-        with FileLock(out / LOCK, timeout=0) if first else nullcontext():
-            return train(
-                store,
-                teacher_directory(recipe.teacher),
-                recipe.student,
-                out / "student",
-                sources=store.artifact.manifest.sources,
-            )
+        with FileLock(out / LOCK, timeout=0):
+            yield
     except Timeout:
-        raise InputError(f"{out}: another run is at work here") from None
+        raise InputError(f"{out}: another {work} is at work here") from None
 
 
-def claim(recipe: Recipe, out: Path) -> None:
+def _claim(recipe: Recipe, out: Path) -> None:
     """Make ``out`` this recipe's directory, or refuse one that is not."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a directory")

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from seodang.artifact import MANIFEST, Artifact, begin, sha256_file, write_atomically, write_json
 from seodang.errors import InputError, WorkFailed
-from seodang.pipeline import LOCK, claim
+from seodang.pipeline import claimed
 from seodang.progress import say
 from seodang.recipe import Recipe, SoftLabelsConfig
 from seodang.sweep_grid import Variant, grid
@@ -72,12 +70,9 @@ def sweep(recipe_file: Path, settings: list[str], vary: list[str], out: Path) ->
     variants = grid(recipe_file, settings, vary)
     # The same recipe may be run elsewhere: a sweep's directory is not a run's.
     owner = variants[0].recipe
-    claim(owner.model_copy(update={"name": f"{owner.name}, a sweep"}), out)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            return _sweep(variants, out)
-    except Timeout:
-        raise InputError(f"{out}: another sweep is at work here") from None
+    owner = owner.model_copy(update={"name": f"{owner.name}, a sweep"})
+    with claimed(owner, out, "sweep"):
+        return _sweep(variants, out)
 
 
 def sweep_failure(result: SweepResult) -> WorkFailed:
@@ -96,7 +91,6 @@ def _sweep(variants: list[Variant], out: Path) -> SweepResult:
     from seodang.softlabels.store import SoftLabelStore
     from seodang.student.start import check_start
     from seodang.student.train import train
-    from seodang.student.vocabulary import check_vocabulary
     from seodang.teacher.local import teacher_directory, teacher_source
 
     recipe = variants[0].recipe
@@ -104,10 +98,7 @@ def _sweep(variants: list[Variant], out: Path) -> SweepResult:
         open_package(pin).close()
     teacher = teacher_directory(recipe.teacher)
     for variant in variants:
-        student = variant.recipe.student
-        check_start(teacher, student)
-        if student.vocabulary is not None:
-            check_vocabulary(teacher, student.vocabulary)
+        check_start(teacher, variant.recipe.student)
     if any(variant.recipe.student.on_policy for variant in variants):
         say(
             "The on-policy stage of the recipe is left out: a sweep trains from stored labels alone"

@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from seodang.artifact import Artifact
@@ -25,6 +24,7 @@ from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
 from seodang.student.divergences import sparse_divergence_terms
 from seodang.student.on_policy import answers, scoring, summary
+from seodang.student.packing import pack
 from seodang.student.train import checked, vocabulary_of
 
 if TYPE_CHECKING:
@@ -61,20 +61,19 @@ def _divergence(student: Path, store: SoftLabelStore, kind: Any) -> float:
     for index in range(len(store)):
         sequence = checked(store, index, vocabulary)
         (hidden_TH,) = model.hidden_states([sequence.token_ids])
-        labelled, device = sequence.labelled, model.device
-        counts = np.diff(sequence.offsets)[labelled]
+        alone = pack([sequence]).to(model.device)
         terms = sparse_divergence_terms(
-            hidden_TH[torch.tensor(labelled, dtype=torch.int64, device=device)],
+            hidden_TH[alone.rows],
             model.head_VH,
-            torch.tensor(np.concatenate([[0], np.cumsum(counts)]), device=device),
-            torch.tensor(sequence.ids, device=device),
-            torch.tensor(sequence.weights, device=device),
+            alone.offsets,
+            alone.entry_ids,
+            alone.weights,
             divergence=kind,
             bias=model.bias_V,
             reduction="sum",
         )
         total += float(terms.distillation)
-        positions += len(labelled)
+        positions += len(sequence.labelled)
     return total / positions
 
 

@@ -17,6 +17,7 @@ from seodang.progress import say
 from seodang.recipe import Quantization, ReleaseConfig
 from seodang.release import bom, cards, gguf, keys, parity, signature
 from seodang.release.facts import METRICS, Facts
+from seodang.student.log import EVENTS, LOG, SPEED
 
 BOM = "bom.cdx.json"
 DATA_CARD = "DATA_CARD.md"
@@ -25,7 +26,7 @@ MODEL_CARD = "README.md"
 PARITY = "gguf-parity.json"
 _WORK = ".build"
 # Of the student; the report shows what is in it.
-_TRAINING_LOG = {"training.jsonl", "speed.jsonl", "events.out.tfevents.student"}
+_TRAINING_LOG = {LOG, SPEED, EVENTS}
 
 
 def build(

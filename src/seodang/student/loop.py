@@ -94,13 +94,12 @@ def run(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            sums = [0.0, 0.0, 0.0]
+            sums_3 = torch.zeros(3, dtype=torch.float64, device=processes.device)
             for _, batch in prepared:
                 with autocast:
                     terms: LossTerms = module(batch.to(processes.device))
                 (terms.total * (processes.count / plan.labelled[step])).backward()
-                for i, term in enumerate(terms):
-                    sums[i] += float(term.detach())
+                sums_3 += torch.stack([term.detach() for term in terms])
             norm = float(
                 _whole(
                     torch.nn.utils.clip_grad_norm_(
@@ -108,7 +107,7 @@ def run(
                     )
                 )
             )
-            *sums, stop = processes.add([*sums, float(stopping.is_set())])
+            *sums, stop = processes.add([*sums_3.tolist(), float(stopping.is_set())])
             loss, kd_loss, cross_entropy = (value / plan.labelled[step] for value in sums)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise _not_finite(step, module, [s for part, _ in prepared for s in part], autocast)

@@ -65,6 +65,11 @@ class Processes:
             fully_shard(part, mesh=mesh)
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def join() -> Iterator[Processes]:
     """Take part in the job that torchrun started, or be the only process.

@@ -10,6 +10,7 @@ import torch
 
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore
 from seodang.student.losses import sparse_kd_terms
+from seodang.student.packing import pack
 
 PROBE_TOKENS = 512  # labelled tokens, about
 
@@ -32,16 +33,14 @@ def soft_label_loss(
     head = model.get_output_embeddings()
     total, positions = torch.zeros((), device=model.device), 0
     for sequence in sequences:
-        ids = torch.from_numpy(sequence.token_ids.astype(np.int64)).to(model.device)
-        hidden_TH = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
-        labelled = torch.from_numpy(sequence.labelled.astype(np.int64)).to(model.device)
-        counts = np.diff(sequence.offsets)[sequence.labelled]
+        alone = pack([sequence]).to(model.device)
+        hidden_TH = model.base_model(alone.ids[None], use_cache=False).last_hidden_state[0]
         terms = sparse_kd_terms(
-            hidden_TH[labelled],
+            hidden_TH[alone.rows],
             head.weight,
-            torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])).to(model.device),
-            torch.from_numpy(sequence.ids).to(model.device),
-            torch.from_numpy(sequence.weights).to(model.device),
+            alone.offsets,
+            alone.entry_ids,
+            alone.weights,
             bias=getattr(head, "bias", None),
             residual=residual,
             reduction="sum",

@@ -26,6 +26,7 @@ from seodang.student import depth, experts, width
 from seodang.student.probe import probe_sequences
 from seodang.student.same_tokenizer import check_same_tokenizer
 from seodang.student.shape import check_shape, student_config, width_of
+from seodang.student.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -41,7 +42,8 @@ def check_start(teacher: Path, config: StudentConfig) -> None:
 
     Raises ``InputError`` naming the key of the recipe: no model or no weights in ``student.path``,
     another tokenizer than the teacher's, a part that the architecture does not have or that cannot
-    be taken from it, or a shape that it cannot have, with the nearest ones that it can.
+    be taken from it, a shape that it cannot have, with the nearest ones that it can, or a trimmed
+    vocabulary that the teacher's tokenizer cannot give.
     """
     start = start_directory(teacher, config)
     source = _config_of(start, "student.path" if config.path else "teacher")
@@ -53,6 +55,8 @@ def check_start(teacher: Path, config: StudentConfig) -> None:
                 "with random ones: student.start: scratch"
             )
     check_shape(source, config)
+    if config.vocabulary is not None:
+        check_vocabulary(teacher, config.vocabulary)
     try:
         student_config(source, config, range(config.layers or source.num_hidden_layers))
     except Exception as error:  # what else an architecture asks of its shape

@@ -17,9 +17,9 @@ import torch
 
 from seodang.artifact import Artifact, Draft, Source, begin, sha256_file, write_json
 from seodang.causal_lm import (
+    CausalLM,
     load_tokenizer,
     model_fingerprint,
-    quiet_transformers,
     tokenizer_fingerprint,
 )
 from seodang.errors import InputError
@@ -37,7 +37,6 @@ from seodang.student.start import build_start, check_start, choose_start, start_
 from seodang.student.vocabulary import (
     VOCABULARY,
     TrimmedVocabulary,
-    check_vocabulary,
     choose_vocabulary,
     trim_model,
     trim_sequence,
@@ -125,8 +124,6 @@ def _begin(
         inputs["continue_from"] = continue_from.digest
     else:
         check_start(teacher, config)
-        if config.vocabulary is not None:
-            check_vocabulary(teacher, config.vocabulary)
         inputs["start"] = model_fingerprint(start_directory(teacher, config))
     if same_start_as is not None:
         for name in (START, VOCABULARY):
@@ -205,7 +202,7 @@ def _fit(
 
     def start() -> Any:
         if continue_from is not None:
-            return load_student(continue_from.path)
+            return CausalLM.load(continue_from.path, torch.device("cpu")).model
         return untrained(out, teacher, config)
 
     model = start().to(processes.device).train()
@@ -311,13 +308,3 @@ def untrained(student: Path, teacher: Path, config: StudentConfig) -> Any:
     if vocabulary := vocabulary_of(student):
         trim_model(model, vocabulary)
     return model
-
-
-def load_student(student: Path) -> Any:
-    """The model of a finished student, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    quiet_transformers()
-    return AutoModelForCausalLM.from_pretrained(
-        student, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
