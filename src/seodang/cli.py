@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -66,8 +66,24 @@ def main() -> None:
     keep_ctrl_c()
     try:
         app()
+    except SystemExit as leaving:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave_job(leaving.code)
+        raise
     finally:  # what is left is leaving; one that is delivered again must not change the exit code
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def leave_job(code: str | int | None) -> NoReturn:
+    """End this process of a torchrun job without tearing the interpreter down.
+
+    Gloo's threads outlive ``destroy_process_group`` as long as a mesh refers to the group. One
+    that lets go of a tensor while the interpreter is torn down aborts the process, and with it
+    the job, after all its work was done (pytorch/pytorch#179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def keep_ctrl_c() -> None:

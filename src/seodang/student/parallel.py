@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,19 @@ def join() -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+
+    def lost(reason: str) -> WorkFailed:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is one sentence left to say
+        return WorkFailed(
+            f"process {rank} of {count} lost the others ({reason}): one of them ended. "
+            "Start the same command again, with any number of processes, and it continues from "
+            "the last checkpoint"
+        )
+
+    def told_to_stop(number: int, frame: Any) -> None:  # torchrun's word when another one ended
+        raise lost("told to stop")
+
+    before = signal.signal(signal.SIGTERM, told_to_stop)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -92,14 +106,11 @@ def join() -> Iterator[Processes]:
             timeout=PATIENCE,
         )
         yield Processes(rank, count, device)
+        signal.signal(signal.SIGTERM, before)
     except RuntimeError as error:
         if isinstance(error, WorkFailed) or not _LOST.search(str(error)):
             raise
-        raise WorkFailed(
-            f"process {rank} of {count} lost the others ({_first_line(error)}): one of them ended. "
-            "Start the same command again, with any number of processes, and it continues from "
-            "the last checkpoint"
-        ) from None
+        raise lost(_first_line(error)) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
