@@ -17,8 +17,9 @@ demo: install fetch
 fetch: install
 	$(BIN)/seodang fetch $(RECIPE)
 
+# A worker per core, of one thread each; the tests of a file share what they set up.
 test: install-dev fetch
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: install-dev
 	$(BIN)/ruff check .
