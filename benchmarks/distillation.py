@@ -111,8 +111,8 @@ def capture_labels(options: argparse.Namespace) -> dict[str, Any]:
 def train_seodang(options: argparse.Namespace, trim: int | None = None) -> dict[str, Any]:
     from seodang.recipe import StudentConfig, VocabularyConfig
     from seodang.softlabels import open as open_store
-    from seodang.student.log import SPEED, read_rows
     from seodang.student.train import train
+    from seodang.training.log import SPEED, read_rows
 
     config = StudentConfig(
         path=str(options.folder / "start"),

@@ -22,14 +22,15 @@ import torch
 from seodang.recipe import StudentConfig, TeacherConfig
 from seodang.softlabels import open as open_store
 from seodang.student import train as training
-from seodang.student.log import SPEED, read_rows
-from seodang.student.loop import Plan, run
-from seodang.student.packing import pack, use_packed_attention
-from seodang.student.parallel import Processes
+from seodang.student.packing import pack
 from seodang.student.plan import plan_steps
-from seodang.student.products import use_fast_products
 from seodang.student.start import build_start, choose_start
 from seodang.teacher.local import teacher_directory
+from seodang.training.attention import use_packed_attention
+from seodang.training.log import SPEED, read_rows
+from seodang.training.loop import Plan, run
+from seodang.training.parallel import Processes
+from seodang.training.products import use_fast_products
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     plan = Plan(
         tokens=[sum(lengths[i] for i in step) for step in steps],
         labelled=[int(store.labelled_counts[step].sum()) for step in steps],
-        packs=lambda step: [[training.checked(store, i) for i in steps[step]]],
+        packs=lambda step: [pack([training.checked(store, i) for i in steps[step]])],
     )
 
     def start() -> training.Distillation:
@@ -61,9 +62,12 @@ def main() -> None:
         use_fast_products(model)
         return training.Distillation(model, config, "soft-labels", store.estimator == "residual")
 
+    def adamw(module: training.Distillation) -> torch.optim.AdamW:
+        return torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+
     def bare() -> list[float]:
         module = start()
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+        optimizer = adamw(module)
         ready = [pack([store[i] for i in step]) for step in steps]
         seconds = []
         for batch, labelled in zip(ready, plan.labelled, strict=True):
@@ -78,7 +82,8 @@ def main() -> None:
     def ours() -> list[float]:
         folder = Path(tempfile.mkdtemp())
         try:
-            run("Training", start(), plan, config, folder, device)
+            module = start()
+            run("Training", module, plan, config, [adamw(module)], folder, device)
             return [row["seconds"] for row in read_rows(folder / SPEED)]
         finally:
             shutil.rmtree(folder)

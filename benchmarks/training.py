@@ -30,13 +30,14 @@ from seodang.recipe import SoftLabelsConfig, StudentConfig, TeacherConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
 from seodang.student import train as training
-from seodang.student.loop import Plan, run
 from seodang.student.losses import LossTerms
-from seodang.student.packing import Pack, hidden_states, use_packed_attention
-from seodang.student.parallel import Processes
+from seodang.student.packing import Pack, hidden_states, pack
 from seodang.student.plan import plan_steps
 from seodang.student.start import build_start, choose_start
 from seodang.teacher.local import LocalTeacher, teacher_directory
+from seodang.training.attention import use_packed_attention
+from seodang.training.loop import Plan, run
+from seodang.training.parallel import Processes
 
 ESTIMATORS = {
     "full": {"estimator": "top-k", "k": 1},  # only the tokens are used
@@ -122,10 +123,16 @@ def main() -> None:
         plan = Plan(
             tokens=[sum(lengths[i] for i in step) for step in steps],
             labelled=[int(store.labelled_counts[step].sum()) for step in steps],
-            packs=lambda step: [[training.checked(store, i) for i in steps[step]]],
+            packs=lambda step: [pack([training.checked(store, i) for i in steps[step]])],
         )
         here = Processes(0, 1, torch.device("cpu"))
-        run(f"Training on {name}", module, plan, config, folder / "student", here)
+        optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        run(f"Training on {name}", module, plan, config, [optimizer], folder / "student", here)
         shutil.rmtree(folder / "student")
         model.set_attn_implementation("sdpa")
         return CausalLM(model.eval(), teacher.tokenizer)

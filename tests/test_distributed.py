@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from seodang.artifact import Artifact
-from seodang.student.log import LOG, read_rows
+from seodang.training.log import LOG, read_rows
 from tiny_run import seodang, tiny_recipe
 
 STEPS = 50

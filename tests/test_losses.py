@@ -205,8 +205,8 @@ def test_terms_add_up_and_need_no_gradients():
         )
     observed = torch.nn.functional.cross_entropy(hidden @ head.T, targets)
     torch.testing.assert_close(terms.cross_entropy, observed)
-    torch.testing.assert_close(terms.distillation, dense_total(hidden, head, *labels))
-    torch.testing.assert_close(terms.total, terms.distillation + 0.25 * terms.cross_entropy)
+    torch.testing.assert_close(terms.kd_loss, dense_total(hidden, head, *labels))
+    torch.testing.assert_close(terms.total, terms.kd_loss + 0.25 * terms.cross_entropy)
 
 
 class Allocations(TorchDispatchMode):

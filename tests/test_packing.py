@@ -18,9 +18,10 @@ from transformers import (
 from seodang.recipe import SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
-from seodang.student.packing import hidden_states, pack, use_packed_attention
+from seodang.student.packing import hidden_states, pack
 from seodang.student.train import Distillation
 from seodang.teacher.local import LocalTeacher
+from seodang.training.attention import use_packed_attention
 from tiny import tiny_teacher
 from tiny_store import sequences
 
@@ -63,7 +64,7 @@ def test_the_loss_of_a_document_does_not_change_with_its_neighbours(store, packe
         alone = [module(pack([store[i]])) for i in order]
         random.shuffle(order)
         together = module(pack([store[i] for i in order]))
-    for name in ("total", "distillation", "cross_entropy"):
+    for name in ("total", "kd_loss", "cross_entropy"):
         expected = sum(float(getattr(terms, name)) for terms in alone)
         assert float(getattr(together, name)) == pytest.approx(expected, rel=1e-5)
 
@@ -146,7 +147,7 @@ def test_positions_without_labels_cost_and_give_nothing(store, packed):
     with torch.no_grad():
         assert hidden_states(packed, pack([fewer])).shape[0] == len(some)
         whole, part = (distillation(packed)(pack([s])) for s in (sequence, fewer))
-    assert 0 < float(part.distillation) < float(whole.distillation)
+    assert 0 < float(part.kd_loss) < float(whole.kd_loss)
 
 
 def random_model(kind):

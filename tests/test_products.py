@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seodang.student.products import linear, use_fast_products
+from seodang.training.products import linear, use_fast_products
 
 SIZE = st.integers(1, 70)
 

@@ -186,7 +186,7 @@ WRONG = {
     ),
     "two origins": (
         changed("  path: teacher", "  path: teacher\n  package: llm"),
-        "recipe.yaml:18: `teacher`: name exactly one of `path` and `package`",
+        "recipe.yaml:18: `teacher`: name exactly one of `path`, `package` and `foundation`",
     ),
     "two templates": (
         changed("      messages:", '      text: "{a}"\n      messages:'),

@@ -304,6 +304,26 @@ def test_a_shape_that_can_be_is_not(models, teacher, model, shape):
     check_start(teacher, StudentConfig(path=str(models / model), **shape))
 
 
+def test_an_a_x_k1_teacher_has_a_dense_llama_as_student(models):
+    config = StudentConfig(start="scratch", architecture="llama", layers=2, heads=4)
+    check_start(models / "axk1", config)
+    student = build_start(models / "axk1", config, {"start": "scratch"})
+    assert student.config.model_type == "llama"
+    assert student.config.num_hidden_layers == 2
+    assert student.config.hidden_size == 48  # the teacher's, as nothing else is said
+    assert logits(student).shape[-1] == 600
+    larger = config.model_copy(update={"hidden_size": 96, "intermediate_size": 200})
+    check_start(models / "axk1", larger)
+    with pytest.raises(InputError, match=r"student.heads is 5.*48 dimensions.*4 or 6"):
+        check_start(models / "axk1", config.model_copy(update={"heads": 5}))
+
+
+@pytest.mark.parametrize("other", [{"start": "pruned"}, {"path": "m"}, {"experts": 4}])
+def test_another_architecture_has_no_weights_to_start_from(other):
+    with pytest.raises(ValueError, match="`architecture` is for random weights"):
+        StudentConfig(**{"start": "scratch", "architecture": "llama", **other})
+
+
 def test_the_heads_of_a_llama_must_divide_its_width(tmp_path, teacher):
     config = StudentConfig(path=str(save(tiny_model("llama", hidden_size=54), tmp_path / "m")))
     with pytest.raises(InputError, match=r"student.heads is 4: the width of a Llama \(54\)"):

@@ -18,14 +18,14 @@ from seodang.errors import InputError, WorkFailed
 from seodang.recipe import SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
-from seodang.student import checkpoint
-from seodang.student.log import EVENTS, LOG, SPEED, read_rows
-from seodang.student.loop import schedule
-from seodang.student.packing import use_packed_attention
-from seodang.student.parallel import Processes
 from seodang.student.plan import plan_steps, share
 from seodang.student.train import Distillation, train, untrained
 from seodang.teacher.local import LocalTeacher
+from seodang.training import checkpoint
+from seodang.training.attention import use_packed_attention
+from seodang.training.log import EVENTS, LOG, SPEED, read_rows
+from seodang.training.loop import schedule
+from seodang.training.parallel import Processes
 from tiny import tiny_teacher
 from tiny_store import sequences
 
@@ -191,13 +191,13 @@ def test_checkpoints_hold_weights_moments_and_nothing_to_unpickle(store, teacher
 
     module, optimizer = saved(CONFIG)
     for step in range(1, 6):
-        checkpoint.save(tmp_path, step, module, optimizer, ALONE, keep=3)
+        checkpoint.save(tmp_path, step, module, [optimizer], ALONE, keep=3)
     assert [p.name for p in checkpoint.found(tmp_path)] == [f"step-0000000{i}" for i in (3, 4, 5)]
     names = {p.name for p in (tmp_path / "step-00000005").iterdir()}
     assert all(name.endswith((".safetensors", ".json")) for name in names)
     fresh = Distillation(untrained_model(teacher), CONFIG, "soft-labels", False)
     other = torch.optim.AdamW(fresh.parameters(), lr=0.1)
-    assert checkpoint.load(tmp_path, fresh, other, ALONE) == 5
+    assert checkpoint.load(tmp_path, fresh, [other], ALONE) == 5
     for p, q in zip(module.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p, q)
         for key in ("exp_avg", "exp_avg_sq"):
@@ -216,10 +216,10 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(store, teacher, tmp_
     optimizer = torch.optim.AdamW(module.parameters())
     sum((p**2).sum() for p in module.parameters()).backward()
     optimizer.step()
-    checkpoint.save(tmp_path, 2, module, optimizer, ALONE)
+    checkpoint.save(tmp_path, 2, module, [optimizer], ALONE)
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "unfinished")
     (tmp_path / "unfinished" / "state.json").write_text('{"step": 3}')
-    assert checkpoint.load(tmp_path, module, optimizer, ALONE) == 2
+    assert checkpoint.load(tmp_path, module, [optimizer], ALONE) == 2
 
 
 @pytest.mark.parametrize("pack_tokens", [17, 40, 64])

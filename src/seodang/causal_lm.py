@@ -8,6 +8,7 @@ caller to as many rows as it can hold.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,13 @@ from seodang.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 TokenIds = npt.NDArray[np.int32]
 
 LOGITS_BYTES = 64 * 2**20  # of one chunk of logits: large enough for the product, small for memory
@@ -59,6 +67,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises plain Exception on a broken file
         raise InputError(f"{directory}: the tokenizer cannot be read: {error}") from None
     return tokenizer
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files from one model directory to another, byte by byte."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

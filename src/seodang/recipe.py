@@ -64,13 +64,19 @@ class Origin(Section):
     version: PackageVersion | None = None
     sha256: Sha256 | None = None
 
+    @property
+    def _places(self) -> dict[str, str | None]:
+        """The keys of which exactly one says where it comes from."""
+        return {"path": self.path, "package": self.package}
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.path is None) == (self.package is None):
-            raise ValueError("name exactly one of `path` and `package`")
+        if sum(place is not None for place in self._places.values()) != 1:
+            *first, last = (f"`{key}`" for key in self._places)
+            raise ValueError(f"name exactly one of {', '.join(first)} and {last}")
         if self.package is not None and not (self.version and self.sha256):
             raise ValueError("a package needs `version` and `sha256`")
-        if self.path is not None and (self.version or self.sha256):
+        if self.package is None and (self.version or self.sha256):
             raise ValueError("`version` and `sha256` belong to a `package`")
         return self
 
@@ -126,14 +132,22 @@ class CorpusConfig(Section):
 class TeacherConfig(Origin):
     """A local Hugging Face directory (``path``), or a pinned ``package`` that holds a model.
 
-    With ``server`` the labels come from a server that runs the same model.
+    With ``server`` the labels come from a server that runs the same model. A teacher of our own
+    (``foundation``) is built from raw text by its own recipe, before all else.
     """
 
+    foundation: str | None = Field(
+        None, description="foundation recipe (YAML) that the teacher is built by"
+    )
     license: str | None = Field(None, description="for the cards")
     server: str | None = Field(
         None, pattern="^https?://", description="address of a vLLM server's API, ends in /v1"
     )
     model: str | None = Field(None, description="the model's name on that server")
+
+    @property
+    def _places(self) -> dict[str, str | None]:
+        return {**super()._places, "foundation": self.foundation}
 
     @model_validator(mode="after")
     def _server_has_a_model(self) -> Self:
@@ -216,8 +230,8 @@ class OnPolicyConfig(Section):
     learning_rate: float = Field(1e-4, gt=0, description="of AdamW, at its highest")
 
 
-class StudentConfig(Section):
-    """The student's shape, where it starts, and its training."""
+class StudentShape(Section):
+    """Where the student starts, and what is kept of it."""
 
     start: Literal["pruned", "scratch"] = Field(
         "pruned", description="with the weights of the model it is cut from, or random ones"
@@ -226,6 +240,9 @@ class StudentConfig(Section):
         None,
         description="model directory to start from; its tokenizer must be the teacher's "
         "(default: the teacher)",
+    )
+    architecture: Literal["llama"] | None = Field(
+        None, description="of a student from scratch (default: that of the model it starts from)"
     )
     layers: int | None = Field(None, gt=0, description="layers that are kept (default: all)")
     hidden_size: int | None = Field(None, gt=0, description="width that is kept")
@@ -236,7 +253,20 @@ class StudentConfig(Section):
         "drop", description="leave the other experts out, or average them into those kept"
     )
     vocabulary: VocabularyConfig | None = Field(None, description="a trimmed vocabulary")
-    epochs: int = Field(1, gt=0, description="times that every sequence is seen")
+
+    @model_validator(mode="after")
+    def _other_architectures_have_no_weights(self) -> Self:
+        if self.architecture and (self.start != "scratch" or self.path or self.experts):
+            raise ValueError(
+                "`architecture` is for random weights: set `start: scratch`, and neither `path` "
+                "nor `experts`"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """What the training loop is told, whatever it trains."""
+
     batch_tokens: int = Field(1024, gt=0, description="tokens of one optimizer step, about")
     micro_batch_tokens: int | None = Field(
         None, gt=0, description="tokens of one forward pass, about (default: the whole batch)"
@@ -249,12 +279,6 @@ class StudentConfig(Section):
     decay: float = Field(0.2, gt=0, lt=1, description="share of the steps, of wsd")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
-    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
-        "forward-kl", description="from the teacher; all but the first need residual labels"
-    )
-    cross_entropy_weight: float = Field(
-        0.1, ge=0, le=1, description="of the observed tokens, beside the soft labels"
-    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the products; weights and optimizer stay float32"
     )
@@ -264,6 +288,18 @@ class StudentConfig(Section):
     seed: int = Field(0, ge=0, description="of the order of the batches")
     checkpoint_steps: int = Field(25, gt=0, description="steps between two checkpoints")
     keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints that stay")
+
+
+class StudentConfig(TrainingConfig, StudentShape):
+    """The student's shape, where it starts, and its training."""
+
+    epochs: int = Field(1, gt=0, description="times that every sequence is seen")
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
+        "forward-kl", description="from the teacher; all but the first need residual labels"
+    )
+    cross_entropy_weight: float = Field(
+        0.1, ge=0, le=1, description="of the observed tokens, beside the soft labels"
+    )
     on_policy: OnPolicyConfig | None = Field(None, description="a last stage on its own words")
 
 

@@ -17,8 +17,8 @@ from seodang.evaluation.on_policy import judge
 from seodang.evaluation.report import render
 from seodang.evaluation.samples import samples
 from seodang.recipe import Recipe
-from seodang.student.log import LOG, read_rows
 from seodang.student.train import untrained, vocabulary_of
+from seodang.training.log import LOG, read_rows
 
 if TYPE_CHECKING:
     from seodang.softlabels.labelling import Teacher

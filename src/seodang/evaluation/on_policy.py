@@ -72,7 +72,7 @@ def _divergence(student: Path, store: SoftLabelStore, kind: Any) -> float:
             bias=model.bias_V,
             reduction="sum",
         )
-        total += float(terms.distillation)
+        total += float(terms.kd_loss)
         positions += len(sequence.labelled)
     return total / positions
 

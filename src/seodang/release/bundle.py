@@ -17,7 +17,7 @@ from seodang.progress import say
 from seodang.recipe import Quantization, ReleaseConfig
 from seodang.release import bom, cards, gguf, keys, parity, signature
 from seodang.release.facts import METRICS, Facts
-from seodang.student.log import EVENTS, LOG, SPEED
+from seodang.training.log import EVENTS, LOG, SPEED
 
 BOM = "bom.cdx.json"
 DATA_CARD = "DATA_CARD.md"

@@ -122,7 +122,8 @@ class Engine:
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
         """The prompt that the chat API makes of ``messages``."""
-        return str(self._post("/apply-template", {"messages": messages})["prompt"])
+        asked = {"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
+        return str(self._post("/apply-template", asked)["prompt"])
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._request(path, body))

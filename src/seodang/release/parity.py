@@ -207,8 +207,10 @@ def _render(
 ) -> str:
     if not tokenizer.chat_template:
         return "\n".join(message["content"] for message in messages)
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    return str(  # llama.cpp thinks unless it is told not to, other engines the other way round
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer, enable_thinking=False
+        )
     )
 
 

@@ -22,7 +22,7 @@ class LossTerms(NamedTuple):
     """``total`` is differentiable; the two terms, reduced alike, are for looking at."""
 
     total: torch.Tensor
-    distillation: torch.Tensor
+    kd_loss: torch.Tensor
     cross_entropy: torch.Tensor
 
 

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from seodang.student.products import linear
+from seodang.training.products import linear
 
 CHUNK_BYTES = 80 * 2**20  # of one chunk of exponentials, however many rows there are
 CHUNK_SHARE = 0.102  # of (N, V) in float32 that a chunk takes: with a tile still below 1/8

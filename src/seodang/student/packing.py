@@ -1,26 +1,24 @@
 """Sequences packed end to end into one row, none of which sees another.
 
 Nothing is padded: every product runs over the pack's tokens alone. What keeps the sequences apart
-is the attention, computed one sequence at a time by :func:`packed_attention`, and positions that
-begin anew with each sequence.
+is the attention, computed one sequence at a time by
+:func:`seodang.training.attention.packed_attention`, and positions that begin anew with each
+sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from seodang.corpus.sequences import observed_tokens
-from seodang.errors import InputError
 from seodang.softlabels.store import SoftLabelSequence
 
 Objective = Literal["soft-labels", "cross-entropy"]
-ATTENTION = "seodang_packed"
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Pack:
     ``ids`` and ``positions`` (T,) int64; ``lengths`` of the sequences, T in sum; ``rows`` (N,)
     int64 are the labelled tokens, whose entries are [offsets[i], offsets[i+1]) of ``entry_ids``
     and ``weights``, and whose observed next tokens are ``targets`` (N,), -100 where there is none.
+    It was made of ``sequences`` for ``objective``.
     """
 
     ids: torch.Tensor
@@ -40,17 +39,28 @@ class Pack:
     entry_ids: torch.Tensor
     weights: torch.Tensor
     targets: torch.Tensor
+    sequences: Sequence[SoftLabelSequence] = ()
+    objective: Objective = "soft-labels"
+
+    @property
+    def documents(self) -> list[str]:
+        """Ids of the sequences' documents."""
+        return [sequence.document_id for sequence in self.sequences]
+
+    def apart(self) -> list[Pack]:
+        """A pack of each sequence."""
+        return [pack([sequence], self.objective) for sequence in self.sequences]
 
     def to(self, device: torch.device) -> Pack:
         """The same pack on ``device``."""
         if device.type == "cpu":
             return self
-        moved = {
+        moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return Pack(lengths=self.lengths, **moved)
+        return replace(self, **moved)
 
 
 def pack(sequences: Sequence[SoftLabelSequence], objective: Objective = "soft-labels") -> Pack:
@@ -80,65 +90,9 @@ def pack(sequences: Sequence[SoftLabelSequence], objective: Objective = "soft-la
         entry_ids=torch.from_numpy(entry_ids.astype(np.int64)),
         weights=torch.from_numpy(weights),
         targets=torch.from_numpy(np.concatenate([observed_tokens(s) for s in sequences])),
+        sequences=sequences,
+        objective=objective,
     )
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    document_lengths: Sequence[int],
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence of a pack, as transformers calls it.
-
-    ``query`` is (1, heads, T, head), ``key`` and ``value`` may have fewer heads; gives
-    (1, T, heads, head).
-    """
-    assert attention_mask is None
-    parts = zip(
-        *(tensor.split(list(document_lengths), dim=2) for tensor in (query, key, value)),
-        strict=True,
-    )
-    grouped = key.shape[1] != query.shape[1]
-    attended = []
-    for query_part, key_part, value_part in parts:
-        mask = None
-        if sliding_window is not None and query_part.shape[2] > sliding_window:
-            whole = torch.ones(query_part.shape[2], query_part.shape[2], dtype=torch.bool)
-            mask = whole.tril().triu(1 - sliding_window).to(query.device)
-        attended.append(
-            scaled_dot_product_attention(
-                query_part,
-                key_part,
-                value_part,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(attended, dim=2).transpose(1, 2), None
-
-
-def use_packed_attention(model: Any) -> None:
-    """Let ``model`` take packs; raises ``InputError`` if its attention cannot be exchanged."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, packed_attention)
-    try:
-        model.set_attn_implementation(ATTENTION)
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"{type(model).__name__}: its attention cannot keep packed sequences apart ({error})"
-        ) from None
 
 
 def hidden_states(model: Any, batch: Pack) -> torch.Tensor:

@@ -13,7 +13,7 @@ from seodang.recipe import StudentConfig
 from seodang.student import depth, experts, width
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import LlamaConfig, PretrainedConfig
 
 # Keys of the recipe and of the model's configuration.
 SIZES = {
@@ -23,6 +23,7 @@ SIZES = {
     "heads": "num_attention_heads",
     "experts": "n_routed_experts",
 }
+LLAMA = {key: name for key, name in SIZES.items() if key != "experts"}
 WIDTH_KEYS = ("hidden_size", "intermediate_size", "heads")
 
 
@@ -33,6 +34,32 @@ def width_of(config: StudentConfig) -> dict[str, int | None]:
         "neurons": config.intermediate_size,
         "hidden": config.hidden_size,
     }
+
+
+def dense_llama(source: PretrainedConfig, config: StudentConfig) -> LlamaConfig:
+    """A dense Llama with the source's tokenizer and, where the recipe says nothing, its sizes.
+
+    Raises ``InputError`` for a shape that it cannot have.
+    """
+    from transformers import LlamaConfig
+
+    sizes = {name: getattr(config, key) or getattr(source, name) for key, name in LLAMA.items()}
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if hidden % (2 * heads):
+        possible = [count for count in range(1, hidden + 1) if hidden % (2 * count) == 0]
+        raise InputError(
+            f"student.heads is {heads}: a Llama's heads share its {hidden} dimensions evenly, an "
+            f"even number each: {nearest(possible, heads)}"
+        )
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    return LlamaConfig(
+        **sizes,
+        **{name: getattr(source, name) for name in kept},
+        vocab_size=source.vocab_size,
+        num_key_value_heads=heads,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
 
 
 def student_config(

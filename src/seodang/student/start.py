@@ -25,7 +25,7 @@ from seodang.softlabels.store import SoftLabelStore
 from seodang.student import depth, experts, width
 from seodang.student.probe import probe_sequences
 from seodang.student.same_tokenizer import check_same_tokenizer
-from seodang.student.shape import check_shape, student_config, width_of
+from seodang.student.shape import check_shape, dense_llama, student_config, width_of
 from seodang.student.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def check_start(teacher: Path, config: StudentConfig) -> None:
     vocabulary that the teacher's tokenizer cannot give.
     """
     start = start_directory(teacher, config)
-    source = _config_of(start, "student.path" if config.path else "teacher")
+    source = _source(teacher, config)
     if config.path:
         check_same_tokenizer(teacher, start)
         if config.start == "pruned" and not any(start.glob("*.safetensors")):
@@ -73,7 +73,7 @@ def choose_start(teacher: Path, store: SoftLabelStore, config: StudentConfig) ->
     """
     if config.start == "scratch":
         return {"start": "scratch"}
-    source = _config_of(start_directory(teacher, config), "student.path")
+    source = _source(teacher, config)
     keep = config.layers or source.num_hidden_layers
     choice: dict[str, Any] = {"start": "pruned", "kept_layers": list(range(keep))}
     narrower = any(width_of(config).values())
@@ -118,12 +118,12 @@ def build_start(teacher: Path, config: StudentConfig, choice: Mapping[str, Any])
 
 
 def _random(teacher: Path, config: StudentConfig) -> PreTrainedModel:
-    """A model of the start's architecture with transformers' own random weights."""
+    """A model of the recipe's architecture with transformers' own random weights."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     quiet_transformers()
     start = start_directory(teacher, config)
-    source = _config_of(start, "student.path")
+    source = _source(teacher, config)
     shape = student_config(source, config, range(config.layers or source.num_hidden_layers))
     shape.vocab_size = _config_of(teacher, "teacher").vocab_size
     with torch.random.fork_rng(devices=[]):
@@ -133,6 +133,13 @@ def _random(teacher: Path, config: StudentConfig) -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(start, local_files_only=True)
     CausalLM(model.eval(), load_tokenizer(teacher)).check_head_is_linear(start)
     return model  # type: ignore[no-any-return]
+
+
+def _source(teacher: Path, config: StudentConfig) -> PretrainedConfig:
+    """The configuration that the student's is made of."""
+    start = start_directory(teacher, config)
+    found = _config_of(start, "student.path" if config.path else "teacher")
+    return dense_llama(found, config) if config.architecture else found
 
 
 def _load(teacher: Path, config: StudentConfig) -> Any:

@@ -8,7 +8,6 @@ first, so that a run that was killed goes on with it, and a baseline can start f
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from seodang.artifact import Artifact, Draft, Source, begin, sha256_file, write_json
 from seodang.causal_lm import (
     CausalLM,
+    copy_tokenizer,
     load_tokenizer,
     model_fingerprint,
     tokenizer_fingerprint,
@@ -26,13 +26,9 @@ from seodang.errors import InputError
 from seodang.recipe import StudentConfig
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore, check_tokens
 from seodang.student.divergences import sparse_divergence_terms
-from seodang.student.log import EVENTS, SPEED
-from seodang.student.loop import CHECKPOINTS, Plan, run
 from seodang.student.losses import LossTerms, sparse_kd_terms
-from seodang.student.packing import Objective, Pack, hidden_states, use_packed_attention
-from seodang.student.parallel import Processes, join
+from seodang.student.packing import Objective, Pack, hidden_states, pack
 from seodang.student.plan import plan_steps, share
-from seodang.student.products import use_fast_products
 from seodang.student.start import build_start, check_start, choose_start, start_directory
 from seodang.student.vocabulary import (
     VOCABULARY,
@@ -44,15 +40,13 @@ from seodang.student.vocabulary import (
     trimmed_lengths,
     trimming_report,
 )
+from seodang.training.attention import use_packed_attention
+from seodang.training.log import EVENTS, SPEED
+from seodang.training.loop import CHECKPOINTS, Plan, run
+from seodang.training.parallel import Processes, join
+from seodang.training.products import use_fast_products
 
 START = "start.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 # Keys that change nothing of the student: where it starts is told by fingerprint, not by path.
 _NOT_IDENTITY = {"path", "checkpoint_steps", "keep_checkpoints", "on_policy"}
 
@@ -155,9 +149,7 @@ def _decide(
         vocabulary.save(out / VOCABULARY)
         trim_tokenizer(teacher, vocabulary, out)
     else:
-        for file in TOKENIZER_FILES:
-            if (teacher / file).is_file():
-                shutil.copyfile(teacher / file, out / file)
+        copy_tokenizer(teacher, out)
     if same_start_as is not None:
         choice = json.loads((same_start_as.path / START).read_bytes())["choice"]
     elif continue_from is not None:
@@ -215,10 +207,10 @@ def _fit(
 
     steps, lengths, labelled = _steps(store, config, vocabulary)
 
-    def packs(step: int) -> list[list[SoftLabelSequence]]:
+    def packs(step: int) -> list[Pack]:
         shared = share(steps[step], lengths, processes.count, config.micro_batch_tokens)
         return [
-            [checked(store, index, vocabulary) for index in members]
+            pack([checked(store, index, vocabulary) for index in members], objective)
             for members in shared[processes.rank]
         ]
 
@@ -228,7 +220,10 @@ def _fit(
         packs=packs,
     )
     name = "Training the student" if objective == "soft-labels" else "Training the baseline"
-    run(name, module, plan, config, out, processes, objective)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    run(name, module, plan, config, [optimizer], out, processes)
 
     if processes.count > 1:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -307,4 +302,6 @@ def untrained(student: Path, teacher: Path, config: StudentConfig) -> Any:
     model = build_start(teacher, config, choice)
     if vocabulary := vocabulary_of(student):
         trim_model(model, vocabulary)
+    for weight in model.parameters():  # the whole file they are mapped from stays in memory else
+        weight.data = weight.data.clone()
     return model

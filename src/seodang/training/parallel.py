@@ -54,8 +54,16 @@ class Processes:
         """Wait until every process is here."""
         self.add([0.0])
 
-    def shard(self, module: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
-        """Shard ``module`` and each of its ``layers``, in place; gradients are averaged."""
+    def shard(
+        self,
+        module: torch.nn.Module,
+        layers: Sequence[torch.nn.Module],
+        ignored: Sequence[torch.nn.Parameter] = (),
+    ) -> None:
+        """Shard ``module`` and each of its ``layers``, in place; gradients are averaged.
+
+        ``ignored`` parameters stay as they are.
+        """
         if self.count == 1:
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -63,7 +71,7 @@ class Processes:
 
         mesh = init_device_mesh(self.device.type, (self.count,))
         for part in (*layers, module):
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=mesh, ignored_params=set(ignored) or None)
 
 
 def is_first_process() -> bool:
