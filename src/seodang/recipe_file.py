@@ -8,7 +8,7 @@ import re
 import reprlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +20,7 @@ MAX_BYTES = 256 * 1024  # of a recipe file
 MAX_VALUES = 100_000  # in it, aliases followed
 MAX_ERRORS = 20  # shown at once
 
+Schema = TypeVar("Schema", bound=BaseModel)
 _Path = tuple[str | int, ...]
 
 
@@ -34,7 +35,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Reader:
+class RecipeReader:
     """YAML to plain values, remembering the line of every key and what ``--set`` has changed.
 
     Refuses cycles, repeated keys and aliases that multiply each other.
@@ -58,6 +59,10 @@ class _Reader:
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.file}:{self.lines.get(path, 1)}"
+
+    def read(self) -> Any:
+        """The value that the file holds; raises ``InputError`` with file and line."""
+        return self.parse(_read_text(self.file))
 
     def parse(self, text: str) -> Any:
         """The value that a YAML text holds; raises ``InputError`` with file and line."""
@@ -112,9 +117,9 @@ class _Reader:
             raise InputError(f"{self.file}:{line}: {shown} is not a valid {kind}") from None
 
 
-def _keys_at(path: _Path) -> list[str]:
-    """The keys that the recipe's schema has at ``path``."""
-    model: Any = Recipe
+def _keys_at(path: _Path, schema: type[BaseModel]) -> list[str]:
+    """The keys that ``schema`` has at ``path``."""
+    model: Any = schema
     for part in path:
         if isinstance(model, type) and issubclass(model, BaseModel) and isinstance(part, str):
             field = model.model_fields.get(part)
@@ -128,20 +133,20 @@ def _keys_at(path: _Path) -> list[str]:
     return []
 
 
-def _explain(error: ValidationError, reader: _Reader) -> str:
+def _explain(error: ValidationError, reader: RecipeReader, schema: type[BaseModel]) -> str:
     lines = []
     for item in error.errors()[:MAX_ERRORS]:
         path: _Path = tuple(part for part in item["loc"] if part != "[key]")
         dotted = ".".join(str(part) for part in path)
         where = reader.where(path)
         if item["type"] == "extra_forbidden":
-            known = _keys_at(path[:-1])
+            known = _keys_at(path[:-1], schema)
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
             lines.append(f"{where}: unknown key `{dotted}`; nearest valid key: `{near[0]}`")
         elif item["type"] == "missing":
             lines.append(f"{where}: the key `{dotted}` is missing")
         elif item["type"] == "model_type":
-            keys = ", ".join(_keys_at(path))
+            keys = ", ".join(_keys_at(path, schema))
             lines.append(f"{where}: `{dotted}` must be a section with the keys {keys}")
         else:
             message = item["msg"].removeprefix("Value error, ")
@@ -154,7 +159,7 @@ def _explain(error: ValidationError, reader: _Reader) -> str:
     return "\n".join(lines)
 
 
-def _override(data: Any, text: str, reader: _Reader) -> None:
+def _override(data: Any, text: str, reader: RecipeReader) -> None:
     dotted, equals, raw = text.partition("=")
     if not equals or not dotted:
         raise InputError(f"--set {text}: write it as section.key=value")
@@ -176,7 +181,7 @@ def _override(data: Any, text: str, reader: _Reader) -> None:
         path.append(key)
         if last:
             try:
-                target[key] = _Reader(reader.file).parse(raw)
+                target[key] = RecipeReader(reader.file).parse(raw)
             except InputError:
                 raise InputError(f"--set {text}: the value is not valid YAML") from None
         else:
@@ -190,19 +195,29 @@ def load_recipe(file: Path | str, settings: list[str] | None = None) -> Recipe:
     Relative paths in it are resolved against the recipe's folder. Raises ``InputError`` with
     file, line, key and the nearest valid key for whatever is wrong.
     """
+    recipe, reader = read_as(Recipe, file, settings)
+    _refuse_repeated_names(recipe, reader)
+    return _resolve_paths(recipe, reader)
+
+
+def read_as(
+    schema: type[Schema], file: Path | str, settings: list[str] | None = None
+) -> tuple[Schema, RecipeReader]:
+    """A YAML file as ``schema``, and the reader that knows the line of every key.
+
+    Raises ``InputError`` as :func:`load_recipe` does.
+    """
     file = Path(file)
-    reader = _Reader(file)
-    data = reader.parse(_read_text(file))
+    reader = RecipeReader(file)
+    data = reader.read()
     if not isinstance(data, dict):
         raise InputError(f"{file}:1: a recipe is a mapping of sections; this is not one")
     for setting in settings or []:
         _override(data, setting, reader)
     try:
-        recipe = Recipe.model_validate(data)
+        return schema.model_validate(data), reader
     except ValidationError as error:
-        raise InputError(_explain(error, reader)) from None
-    _refuse_repeated_names(recipe, reader)
-    return _resolve_paths(recipe, reader)
+        raise InputError(_explain(error, reader, schema)) from None
 
 
 def _read_text(file: Path) -> str:
@@ -222,7 +237,7 @@ def _read_text(file: Path) -> str:
         raise InputError(f"{file}:{line}: not UTF-8: {error.reason}") from None
 
 
-def _refuse_repeated_names(recipe: Recipe, reader: _Reader) -> None:
+def _refuse_repeated_names(recipe: Recipe, reader: RecipeReader) -> None:
     first: dict[str, int] = {}
     for i, source in enumerate(recipe.corpus.sources):
         if first.setdefault(source.name, i) != i:
@@ -230,7 +245,7 @@ def _refuse_repeated_names(recipe: Recipe, reader: _Reader) -> None:
             raise InputError(f"{where}: the name {source.name!r} is another source's; rename one")
 
 
-def _resolve_paths(recipe: Recipe, reader: _Reader) -> Recipe:
+def _resolve_paths(recipe: Recipe, reader: RecipeReader) -> Recipe:
     """Make paths absolute and refuse those that lead nowhere."""
     folder = reader.file.resolve().parent
 
@@ -257,9 +272,10 @@ def _resolve_paths(recipe: Recipe, reader: _Reader) -> Recipe:
         for i, source in enumerate(recipe.corpus.sources)
     ]
     teacher = recipe.teacher
-    if teacher.path is not None:
-        target = str(resolve(teacher.path, ("teacher", "path"))[0])
-        teacher = teacher.model_copy(update={"path": target})
+    for key in ("path", "foundation"):
+        if (given := getattr(teacher, key)) is not None:
+            target = str(resolve(given, ("teacher", key))[0])
+            teacher = teacher.model_copy(update={key: target})
     student = recipe.student
     if student.path is not None:
         target = str(resolve(student.path, ("student", "path"))[0])

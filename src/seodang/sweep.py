@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from seodang.artifact import MANIFEST, Artifact, begin, sha256_file, write_atomically, write_json
 from seodang.errors import InputError, WorkFailed
-from seodang.pipeline import claimed
+from seodang.pipeline import with_own_teacher
 from seodang.progress import say
 from seodang.recipe import Recipe, SoftLabelsConfig
+from seodang.stages import claimed
 from seodang.sweep_grid import Variant, grid
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _sweep(variants: list[Variant], out: Path) -> SweepResult:
     recipe = variants[0].recipe
     for pin in recipe.packages():
         open_package(pin).close()
+    recipe = with_own_teacher(recipe, out)
     teacher = teacher_directory(recipe.teacher)
     for variant in variants:
         check_start(teacher, variant.recipe.student)
@@ -290,7 +292,7 @@ def _row(
     figures: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """A student's row of the table; without figures if it could not be trained."""
-    from seodang.student.log import SPEED, read_rows
+    from seodang.training.log import SPEED, read_rows
 
     name, summary = variant.name, labels.manifest.summary
     row: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""Think-Fusion: one model with two thinking modes."""

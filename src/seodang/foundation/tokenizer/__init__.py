@@ -1,0 +1,1 @@
+"""The tokenizer: byte-level BPE, and its chat template."""

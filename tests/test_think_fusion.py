@@ -1,0 +1,264 @@
+"""The four steps on a tiny random model: repeatable, resumable, measured, and quiet on stdout."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from seodang.artifact import Artifact
+from seodang.causal_lm import load_tokenizer
+from seodang.corpus.sequences import UNOBSERVED
+from seodang.errors import InputError
+from seodang.foundation.post_training import modes
+from seodang.foundation.post_training.config import PolicyConfig
+from seodang.foundation.post_training.fine_tuning import batch_order, example, prompt
+from seodang.foundation.post_training.policy_optimization import optimize_policy, reward_functions
+from seodang.foundation.post_training.problem import MODES
+from seodang.foundation.post_training.reasoning_data import (
+    build_reasoning_data,
+    make_problem,
+    read_problems,
+)
+from seodang.foundation.post_training.think_fusion import STEPS, PostTrained, post_train
+from seodang.foundation.post_training.trainers import last_checkpoint
+from tiny_think import STAGES, TINY, tiny_answering, tiny_base
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build_reasoning_data(TINY, tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def answering(base: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return tiny_answering(base, data, tmp_path_factory.mktemp("answering") / "model")
+
+
+@pytest.fixture(scope="module")
+def done(base: Artifact, tmp_path_factory: pytest.TempPathFactory) -> PostTrained:
+    return post_train(TINY, base, tmp_path_factory.mktemp("post") / "training")
+
+
+def test_every_step_is_a_model_and_measured(done: PostTrained, base: Artifact) -> None:
+    assert tuple(done.models) == tuple(done.measured) == STEPS
+    before = load_file(base.path / "model.safetensors")
+    for step, artifact in done.models.items():
+        assert not artifact.verify()
+        model: Any = AutoModelForCausalLM.from_pretrained(artifact.path)
+        tokenizer = load_tokenizer(artifact.path)
+        assert model.generation_config.eos_token_id == [
+            tokenizer.eos_token_id,
+            tokenizer.bos_token_id,
+        ]
+        assert load_file(artifact.path / "model.safetensors").keys() == before.keys(), step
+    assert done.model is done.models["policy"]
+
+
+def test_nothing_is_done_twice(done: PostTrained, base: Artifact) -> None:
+    out = done.models["instruct"].path.parent
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()}
+    again = post_train(TINY, base, out)
+    assert again.to_json() == done.to_json()
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()} == before
+
+
+def test_the_merge_is_of_the_two_fine_tunings(done: PostTrained) -> None:
+    merged, reasoning, instruct = (
+        load_file(done.models[step].path / "model.safetensors")
+        for step in ("merged", "reasoning", "instruct")
+    )
+    for name, tensor in merged.items():
+        expected = 0.8 * reasoning[name].double() + 0.2 * instruct[name].double()
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_fine_tuning_learns(done: PostTrained) -> None:
+    """Far from well in so few steps, but each of the two its own kind of answer better."""
+    lengths = [done.measured[step].manifest.summary for step in ("instruct", "reasoning")]
+    assert all(summary["think"]["prompts"] == TINY.held_out for summary in lengths)
+    log = (done.models["reasoning"].path / "training.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in log]
+    assert len(losses) == TINY.problems / TINY.fine_tuning.batch_sequences
+    assert losses[-1] < losses[0]
+
+
+@pytest.fixture(scope="module")
+def killed(
+    answering: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The directories of two stages that were killed between two checkpoints."""
+    out = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, HERE / "killed_stage.py", answering.path, data.path, out]
+    command += ["tuning=4", "policy=3"]
+    done = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE)
+    assert set(json.loads(done.stdout).values()) == {-signal.SIGKILL}
+    return {name: out / name for name in STAGES}
+
+
+@pytest.mark.parametrize(("stage", "saved"), [("tuning", 3), ("policy", 2)])
+def test_killed_and_resumed_is_as_if_never_stopped(
+    stage: str,
+    saved: int,
+    killed: dict[str, Path],
+    answering: Artifact,
+    data: Artifact,
+    tmp_path: Path,
+) -> None:
+    whole = STAGES[stage](answering, data, tmp_path / "whole")
+    folder = killed[stage] / "checkpoints"
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    broken = folder / "checkpoint-9"  # a kill in the midst of writing it
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    resumed = STAGES[stage](answering, data, killed[stage])
+    assert resumed.digest == whole.digest
+    before, after = (load_file(a.path / "model.safetensors") for a in (answering, resumed))
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert not folder.exists()
+
+
+def test_a_round_compares_answers(answering: Artifact, data: Artifact, tmp_path: Path) -> None:
+    made = STAGES["policy"](answering, data, tmp_path / "out")
+    log = [json.loads(line) for line in (made.path / "training.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [2, 4, 6]
+    for row in log:
+        assert row["reward"] == row["rewards/correct/mean"] + row["rewards/format/mean"]
+    assert max(row["reward_std"] for row in log) > 0
+    assert made.manifest.summary == {"instructions": 6, "answers": 3 * 2 * 2 * 4}
+
+
+def test_the_reward_rises(answering: Artifact, tmp_path: Path) -> None:
+    """The tuned model ends some answers in time; reinforced, nearly all that it can (half)."""
+    policy = PolicyConfig(rounds=9, instructions=2, answers=8, learning_rate=3e-3)
+    config = TINY.model_copy(update={"policy": policy, "problems": 30})
+    data = build_reasoning_data(config, tmp_path / "data")
+    made = optimize_policy(config, answering, data, tmp_path / "out")
+    log = [json.loads(line) for line in (made.path / "training.jsonl").read_text().splitlines()]
+    kept = [row["rewards/format/mean"] for row in log]
+    assert sum(kept[-3:]) / 3 > kept[0] + 0.1
+
+
+def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "none") is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (11, '{"glo')):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_nothing_on_standard_output(
+    base: Artifact, data: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, stage in STAGES.items():
+        stage(base, data, tmp_path / name)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "Warning" not in captured.err
+
+
+def test_the_loss_is_on_the_assistants_words(base: Artifact) -> None:
+    tokenizer = load_tokenizer(base.path)
+    problem = make_problem(0, 1)
+    for mode in MODES:
+        row = example(problem, mode, tokenizer)
+        labels = [token for token in row["labels"] if token != UNOBSERVED]
+        assert tokenizer.decode(labels) == problem.completion(mode) + "<|im_end|>"
+        text = tokenizer.decode(row["input_ids"])
+        assert text == prompt(problem, mode, tokenizer) + tokenizer.decode(labels)
+        assert row["input_ids"][-len(labels) :] == labels
+    assert "</think>" not in problem.completion("instant")
+
+
+@given(st.lists(st.integers(1, 90), max_size=50), st.integers(1, 9), st.integers(0, 5))
+def test_batches_hold_equal_lengths(lengths: list[int], size: int, seed: int) -> None:
+    order = batch_order(lengths, size, [seed])
+    assert sorted(order) == list(range(len(lengths)))
+    full = len(order) // size * size
+    batches = [sorted(lengths[i] for i in order[k : k + size]) for k in range(0, full, size)]
+    batches.sort()
+    assert [x for batch in batches for x in batch] == sorted(lengths[i] for i in order[:full])
+
+
+def test_rewards_are_of_the_row_that_was_asked() -> None:
+    asked = [(make_problem(n, 1), mode) for n in (0, 1) for mode in MODES]
+    correct, kept = reward_functions(asked, eos=2)
+    said = [problem.completion(mode) for problem, mode in asked]
+    given = {"completions": said, "completion_ids": [[7, 2]] * 4}
+    assert correct(**given, number=[0, 1, 2, 3], prompts=[]) == [1.0] * 4
+    assert kept(**given, number=[0, 1, 2, 3]) == [0.0] * 4
+    assert kept(**given, number=[1, 0, 3, 2]) == [-1.0] * 4
+    assert kept(said, [[7, 2], [7, 7], [2], []], number=[0, 1, 2, 3]) == [0.0, -1.0, 0.0, -1.0]
+    assert correct(**given, number=[2, 3, 0, 1]) == [-1.0] * 4
+
+
+def answered(number: int, mode: Any, said: str, ended: bool = True) -> modes.Answered:
+    return modes.Answered(make_problem(number, 1), mode, said, ended, 10)
+
+
+def test_figures() -> None:
+    right = [make_problem(n, 1).completion("think") for n in range(4)]
+    found = modes.figures(
+        [
+            answered(0, "think", right[0]),
+            answered(1, "think", right[1], ended=False),
+            answered(2, "think", "</think>-"),
+            answered(3, "think", make_problem(3, 1).answer),
+        ]
+    )
+    assert (found["prompts"], found["obeyed"], found["accuracy"]) == (4, 0.5, 0.75)
+    assert found["reward"] == (1 + 0 - 1 + 0) / 4
+    assert found["accuracy_by_language"] == {"ko": 0.75}
+    assert set(found["accuracy_by_task"].values()) == {1.0, 0.0}
+
+
+def test_the_table_has_a_row_for_each_step(done: PostTrained) -> None:
+    console = Console(width=100, record=True, file=None, quiet=False, stderr=True)
+    console.print(modes.table(done.measured))
+    text = console.export_text()
+    assert all(step in text for step in STEPS)
+    assert "synthetic" in text
+    rows = done.to_json()
+    assert [row["step"] for row in rows] == list(STEPS)
+    for row in rows:
+        for mode in MODES:
+            assert 0 <= row[mode]["obeyed"] <= 1
+            assert -2 <= row[mode]["reward"] <= 1
+
+
+def test_answers_are_kept_for_reading(done: PostTrained, data: Artifact) -> None:
+    lines = (done.measured["policy"].path / modes.ANSWERS).read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["mode"] for row in rows] == ["think"] * 6 + ["instant"] * 6
+    held_out = read_problems(data, "held-out")
+    assert [row["question"] for row in rows] == [p.question for p in held_out] * 2
+    assert [row["expected"] for row in rows] == [p.answer for p in held_out] * 2
+
+
+def test_what_is_missing_is_named(
+    base: Artifact, data: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl.trainer.sft_trainer", None)
+    with pytest.raises(InputError, match="pip install 'seodang"):
+        STAGES["tuning"](base, data, tmp_path / "out")
