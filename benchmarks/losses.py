@@ -5,7 +5,8 @@
 Forward and backward of the loss on the same rows, in turns within one run; synthetic inputs, since
 the time does not depend on the values. "products" are the three bare matrix products that any
 loss needs (logits, gradient of hidden, gradient of head), at the chunk size that suits them best
-and with no bound on memory. TRL's and Liger's losses are given the teacher's full distributions,
+and with no bound on memory: PyTorch's own, which go to MKL in float32, and those of oneDNN, through
+which the loss goes. TRL's and Liger's losses are given the teacher's full distributions,
 as they need: TRL dense logits, Liger the teacher's hidden states and head (its product counts as
 part of its work: it cannot do without). Extra memory is the peak beyond inputs and gradients: on
 the CPU of PyTorch's allocations, counted by the profiler in a process of its own, on a GPU of the
@@ -32,8 +33,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from seodang.training.products import linear
+
 K = 16  # stored ids a position
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # of rows, for the bare products
+TILES = (1024, 2048, 4096, 8192, 16384)  # of the vocabulary, for those of oneDNN
 
 
 class Shape(NamedTuple):
@@ -89,6 +93,8 @@ def measure(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     inputs.cache_clear()
     chunks = [rows for rows in CHUNKS if rows <= shape.rows]
     steps = {f"products {rows}": bare_products(shape, rows) for rows in chunks}
+    tiles = [] if torch.cuda.is_available() or shape.dtype != "float32" else TILES
+    steps |= {f"products oneDNN {rows}": onednn_products(shape, rows) for rows in tiles}
     steps |= {k: v for k, v in makers(shape).items() if k in (options.only or makers(shape))}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(options.rounds + 1):  # the first warms up
@@ -105,6 +111,9 @@ def measure(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     floor = seconds[f"products {floor_chunk}"]
     logits = shape.rows * shape.vocab * 4
     found: dict[str, Any] = {"products": row(floor, floor, 0, logits) | {"chunk": floor_chunk}}
+    if tiles:
+        best = min((seconds[f"products oneDNN {rows}"] for rows in tiles), key=min)
+        found["products by oneDNN"] = row(best, floor, 0, logits)
     for name in steps:
         if not name.startswith("products"):
             extra = 0 if options.seconds_only else memory_in_a_child(name, shape, options.threads)
@@ -155,6 +164,28 @@ def bare_products(shape: Shape, chunk: int) -> Callable[[], Callable[[], None]]:
                 torch.mm(x, head.T, out=logits[: len(x)])
                 torch.mm(logits[: len(x)], head, out=grad_hidden[start : start + chunk])
                 grad_head.addmm_(logits[: len(x)].T, x, beta=1 if start else 0)
+
+        return step
+
+    return make
+
+
+def onednn_products(shape: Shape, tile: int) -> Callable[[], Callable[[], None]]:
+    def make() -> Callable[[], None]:
+        hidden, head = (x.detach() for x in inputs(shape))
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
+        transposed = hidden.T.contiguous()
+
+        def step() -> None:
+            for start in range(0, len(head), tile):
+                part = head[start : start + tile]
+                logits = linear(part, hidden)
+                grad_head[start : start + tile] = linear(logits, transposed)
+                found = linear(logits.T, part.T)
+                if start:
+                    grad_hidden.add_(found)
+                else:
+                    grad_hidden.copy_(found)
 
         return step
 
@@ -277,7 +308,7 @@ def show(results: dict[str, Any]) -> None:
             table.add_column(column, justify="left" if not column else "right")
         for name, found in rows.items():
             label = f"{name} (chunks of {found['chunk']})" if "chunk" in found else name
-            memory = ("", "") if name == "products" else (
+            memory = ("", "") if name.startswith("products") else (
                 f"{found['extra_bytes'] / 1e6:.0f}", f"{found['of_logits']:.3f}"
             )  # fmt: skip
             table.add_row(label, f"{found['seconds']:.3f}", f"{found['of_products']:.2f}", *memory)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seodang.errors import InputError
+from seodang.foundation.recipe import is_foundation_recipe, load_foundation_recipe
 from seodang.recipe import Recipe
 from seodang.recipe_file import load_recipe
 
@@ -92,7 +93,8 @@ def test_the_recipes_of_the_repository_load() -> None:
     recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
     assert recipes
     for file in recipes:
-        assert load_recipe(file).name == file.stem
+        load = load_foundation_recipe if is_foundation_recipe(file) else load_recipe
+        assert load(file).name == file.stem
 
 
 @pytest.mark.parametrize("value", ["1e-3", "1.0e-3", "0.001", "+1E-3"])
@@ -142,7 +144,7 @@ WRONG = {
     ),
     "empty section": (
         changed("student:\n  layers: 2\n", "student:\n"),
-        "recipe.yaml:20: `student` must be a section with the keys start, path, layers",
+        "recipe.yaml:20: `student` must be a section with the keys start, path, architecture",
     ),
     "text for a number": (
         changed("layers: 2", "layers: two"),
