@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -16,6 +15,7 @@ from seodang.artifact import Artifact
 from seodang.corpus.raw.reading import KIND
 from seodang.errors import InputError
 from seodang.evaluation.plots import COLOUR, PALETTE, Plot, styled, svg
+from seodang.pages import page_environment
 
 TEMPLATE = "corpus.html.j2"
 REPORT = "report.json"
@@ -92,13 +92,7 @@ def lines(report: Report) -> list[str]:
 
 def render(report: Report, digest: str) -> str:
     """The report as one HTML file, in light and in dark; equal input gives equal bytes."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(Path(__file__).parent)
     kept = report["kept"]["bytes"]
     languages = [
         {

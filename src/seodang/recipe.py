@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from seodang.errors import InputError
-from seodang.packages import PackageName, PackagePin, PackageVersion, Sha256
+from seodang.packages import PackageName, PackagePin, PackageVersion, Registry, Sha256
 
 EstimatorName = Literal["top-k", "residual", "sampled", "head-tail"]
 Layout = Literal["fast", "small"]
@@ -69,6 +69,11 @@ class Origin(Section):
         """The keys of which exactly one says where it comes from."""
         return {"path": self.path, "package": self.package}
 
+    @property
+    def _registry(self) -> Registry:
+        """Which registry the package is of."""
+        return "pypi"
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if sum(place is not None for place in self._places.values()) != 1:
@@ -86,7 +91,12 @@ class Origin(Section):
             return None
         assert self.version is not None
         assert self.sha256 is not None
-        return PackagePin(package=self.package, version=self.version, sha256=self.sha256)
+        return PackagePin(
+            registry=self._registry,
+            package=self.package,
+            version=self.version,
+            sha256=self.sha256,
+        )
 
 
 class SourceConfig(Origin):

@@ -7,12 +7,12 @@ from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seodang import __version__
 from seodang.evaluation.plots import COLOUR, PALETTE, Plot, megabytes, spread, styled, svg
+from seodang.pages import page_environment
 
 if TYPE_CHECKING:
     from seodang.sweep import SweepResult
@@ -240,13 +240,7 @@ def render(title: str, rows: Sequence[Row], saved: Mapping[str, Any] | None) -> 
 
     Everything given is shown as text, never as markup; equal input gives equal bytes.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(Path(__file__).parent)
     plots = [quality_against(rows, front) for front in COSTS]
     return environment.get_template(TEMPLATE).render(
         title=title,

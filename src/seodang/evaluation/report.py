@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from seodang import __version__
 from seodang.evaluation import plots
 from seodang.evaluation.gate import Models, measured
 from seodang.evaluation.plots import NAMES, megabytes
+from seodang.pages import page_environment
 
 TEMPLATE = "report.html.j2"
 
@@ -295,13 +294,7 @@ def render(
         ],
         "size_speed_quality": [plots.size_speed_quality(models)],
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(Path(__file__).parent)
     return environment.get_template(TEMPLATE).render(
         title=title,
         description=description,

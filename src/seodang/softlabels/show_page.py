@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from seodang import __version__
+from seodang.pages import page_environment
 from seodang.softlabels.estimators import BIASED
 from seodang.softlabels.spelling import Spelling, laid_out, named, visible
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore
@@ -72,13 +72,7 @@ def render(store: SoftLabelStore, numbers: Sequence[int], spelling: Spelling, to
     """
     folder = Path(__file__).parent
     script = (folder / "show.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(folder)
     environment.filters["visible"] = visible
     environment.filters["laid_out"] = laid_out
     environment.filters["percent"] = percent

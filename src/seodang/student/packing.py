@@ -9,7 +9,7 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 
 from seodang.corpus.sequences import observed_tokens
 from seodang.softlabels.store import SoftLabelSequence
+from seodang.training.loop import on_device
 
 Objective = Literal["soft-labels", "cross-entropy"]
 
@@ -53,14 +54,7 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The same pack on ``device``."""
-        if device.type == "cpu":
-            return self
-        moved: dict[str, Any] = {
-            name: value.pin_memory().to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        return on_device(self, device)
 
 
 def pack(sequences: Sequence[SoftLabelSequence], objective: Objective = "soft-labels") -> Pack:

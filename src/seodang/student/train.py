@@ -43,7 +43,7 @@ from seodang.student.vocabulary import (
 from seodang.training.attention import use_packed_attention
 from seodang.training.log import EVENTS, SPEED
 from seodang.training.loop import CHECKPOINTS, Plan, run
-from seodang.training.parallel import Processes, join
+from seodang.training.parallel import Processes, join, whole_state
 from seodang.training.products import use_fast_products
 
 START = "start.json"
@@ -226,10 +226,7 @@ def _fit(
     run(name, module, plan, config, [optimizer], out, processes)
 
     if processes.count > 1:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
+        state = whole_state(model)
         if processes.first:
             model = start()
             model.load_state_dict(state)

@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from seodang.training.parallel import Processes
 from seodang.training.spikes import LossSpike, SpikeWatch, skipped_steps
 
 CHECKPOINTS = "checkpoints"
+Moved = TypeVar("Moved", bound=Any)
 
 
 class Batch(Protocol):
@@ -46,6 +47,18 @@ class Batch(Protocol):
 
     def apart(self) -> Sequence[Self]:
         """The same documents, each in a batch of its own."""
+
+
+def on_device(batch: Moved, device: torch.device) -> Moved:
+    """A copy of a dataclass with its tensors on ``device``; on a CPU, the batch itself."""
+    if device.type == "cpu":
+        return batch
+    moved = {
+        name: value.pin_memory().to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **moved)
 
 
 @dataclass(frozen=True)

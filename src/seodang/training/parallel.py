@@ -74,6 +74,14 @@ class Processes:
             fully_shard(part, mesh=mesh, ignored_params=set(ignored) or None)
 
 
+def whole_state(module: torch.nn.Module) -> dict[str, Any]:
+    """The state of a sharded module, unsharded, on the CPU; empty but in the first process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(module, options=options)
+
+
 def is_first_process() -> bool:
     """Whether this is the only process, or the first of those that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from seodang.packages import PackagePin, Registry, Sha256
-from seodang.recipe import Section
+from seodang.packages import PackagePin, Registry
+from seodang.recipe import Origin, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,51 +26,30 @@ def _check_license(expression: str) -> str:
 License = Annotated[str, AfterValidator(_check_license)]
 
 
-class RawOrigin(Section):
-    """Files of this machine (``path``), or of a ``package`` pinned by version and hash."""
+class RawOrigin(Origin):
+    """Files of this machine (``path``), or of a ``package`` of one of the registries."""
 
-    path: str | None = Field(
-        None, description="file, directory or pattern, from the recipe's folder"
-    )
     registry: Registry = Field("pypi", description="which registry the package is of")
     package: str | None = None
     version: str | None = None
-    sha256: Sha256 | None = None
     files: list[str] = Field([], description="patterns of members of the package")
     exclude: list[str] = Field([], description="patterns of files that are left out")
     license: License = Field(description="SPDX expression, or LicenseRef-...")
     attribution: str | None = Field(None, description="whom the licence wants named")
 
+    @property
+    def _registry(self) -> Registry:
+        return self.registry
+
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (self.package is None):
-            raise ValueError("name exactly one of `path` and `package`")
+    def _files_of_a_package(self) -> Self:
         if (self.package is not None) != bool(self.files):
             raise ValueError("a package needs `files`, and a `path` has none")
-        if self.package is None:
-            if self.version or self.sha256:
-                raise ValueError("`version` and `sha256` belong to a `package`")
-        elif not (self.version and self.sha256):
-            raise ValueError("a package needs `version` and `sha256`")
-        else:
-            try:
-                self.pin()
-            except ValidationError as error:
-                raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        try:
+            self.pin()
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
-
-    def pin(self) -> PackagePin | None:
-        """The package, pinned; None for a path."""
-        if self.package is None:
-            return None
-        assert self.version is not None
-        assert self.sha256 is not None
-        return PackagePin(
-            registry=self.registry,
-            package=self.package,
-            version=self.version,
-            sha256=self.sha256,
-        )
 
 
 class RawSource(RawOrigin):

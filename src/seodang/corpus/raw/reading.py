@@ -47,12 +47,27 @@ def read_raw(path: Path | str, side: Side) -> Iterator[RawDocument]:
     return _documents(artifact, side)
 
 
+def count_raw(path: Path | str, side: Side) -> int:
+    """How many documents :func:`read_raw` gives, without reading them."""
+    import pyarrow.parquet as pq
+
+    files = _files(Artifact.open(path, KIND), side)
+    return sum(int(pq.read_metadata(file).num_rows) for file in files)
+
+
 def _documents(artifact: Artifact, side: Side) -> Iterator[RawDocument]:
     import pyarrow.parquet as pq
 
-    for entry in artifact.manifest.files:
-        if entry.path.startswith(f"{side}/") and entry.path.endswith(".parquet"):
-            with pq.ParquetFile(artifact.path / entry.path) as file:
-                for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
-                    for row in batch.to_pylist():
-                        yield RawDocument(**row)
+    for path in _files(artifact, side):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
+                for row in batch.to_pylist():
+                    yield RawDocument(**row)
+
+
+def _files(artifact: Artifact, side: Side) -> list[Path]:
+    return [
+        artifact.path / entry.path
+        for entry in artifact.manifest.files
+        if entry.path.startswith(f"{side}/") and entry.path.endswith(".parquet")
+    ]

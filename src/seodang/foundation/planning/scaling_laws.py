@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from seodang.foundation.model_config import ModelConfig
-from seodang.foundation.planning.flops import forward_flops, training_flops
+from seodang.foundation.planning.flops import forward_flops
 from seodang.foundation.planning.parameters import active_parameters, vocabulary_parameters
 
 FITTED_FLOPS = (3e17, 3e20)  # budgets that Tian et al. trained at (section 2.2)
@@ -104,8 +104,3 @@ def optimal_vocabulary(config: ModelConfig) -> dict[str, float]:
         "isoflops": by_flops / config.hidden_size,
         "derivative": by_derivative / config.hidden_size,
     }
-
-
-def training_budget(config: ModelConfig, context: int, tokens: float) -> float:
-    """FLOPs of a training run: tokens times the FLOPs of each."""
-    return tokens * training_flops(config, context)

@@ -7,8 +7,8 @@ stopped goes on with the same batches, on any number of processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from seodang.errors import InputError
 from seodang.foundation.pretraining.config import PretrainingConfig, StageConfig
 from seodang.foundation.pretraining.tokens import TokenStore
 from seodang.student.plan import plan_steps
+from seodang.training.loop import on_device
 
 
 class Piece(NamedTuple):
@@ -43,14 +44,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on ``device``."""
-        if device.type == "cpu":
-            return self
-        moved: dict[str, Any] = {
-            name: value.pin_memory().to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        return on_device(self, device)
 
     def apart(self) -> list[TokenBatch]:
         """A batch of each piece."""

@@ -8,7 +8,6 @@ text.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from seodang.artifact import Artifact, Draft, begin, write_json
-from seodang.causal_lm import load_tokenizer
+from seodang.causal_lm import copy_tokenizer, load_tokenizer
 from seodang.errors import InputError
 from seodang.foundation.model_config import ModelConfig, hf_config
 from seodang.foundation.pretraining.balance import Balance
@@ -31,7 +30,7 @@ from seodang.foundation.pretraining.tokens import TokenStore, boundary_id
 from seodang.student.plan import share
 from seodang.training.log import EVENTS, LOG, SPEED, read_rows
 from seodang.training.loop import CHECKPOINTS, Plan, run
-from seodang.training.parallel import Processes, join
+from seodang.training.parallel import Processes, join, whole_state
 from seodang.training.spikes import SpikeWatch
 
 KIND = "base-model"
@@ -144,10 +143,7 @@ def _fit(
     routing = module.balance.late_summary()
     model: Any = module.model
     if processes.count > 1:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(module, options=options)
+        state = whole_state(module)
         if processes.first:
             module = start()
             module.load_state_dict(state, strict=False)  # balancing is over
@@ -168,9 +164,7 @@ def _write(model: Any, tokenizer: Artifact, out: Path) -> None:
         if not name.endswith("e_score_correction_bias")
     }
     model.save_pretrained(out, state_dict=state)
-    for entry in tokenizer.manifest.files:
-        if not (out / entry.path).exists() and "/" not in entry.path:
-            shutil.copyfile(tokenizer.path / entry.path, out / entry.path)
+    copy_tokenizer(tokenizer.path, out)
 
 
 def _measure(model: Any, routing: dict[str, float], tokens: Artifact, out: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from seodang.artifact import Artifact, begin, write_atomically
 from seodang.causal_lm import load_tokenizer
-from seodang.corpus.raw.reading import RawDocument, read_raw
+from seodang.corpus.raw.reading import RawDocument, count_raw, read_raw
 from seodang.errors import InputError
 from seodang.progress import track
 
@@ -96,7 +96,7 @@ def _write_side(
     rows: list[dict[str, Any]] = []
     pieces: list[npt.NDArray[Any]] = []
     held = 0
-    total = sum(1 for _ in read_raw(raw_corpus, side))
+    total = count_raw(raw_corpus, side)
     with track(f"Tokenizing ({side})", total, "doc", done) as advance:
         for document, ids in _tokenized(documents, encoder, boundary):
             pieces.append(np.array(ids, kind))
