@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+import seodang.foundation.tokenizer
 from seodang.corpus.documents import Document, normalise
 from seodang.corpus.sequences import tokenize
 from seodang.errors import InputError
@@ -20,6 +22,7 @@ TOKENIZER = tiny_tokenizer()
 TRIMMING = tiny_tokenizer()
 TRIMMING.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
 LONG = 1_000_000
+TWO_MODES = Path(seodang.foundation.tokenizer.__file__).parent / "chat_template.j2"
 
 
 def chat(*contents: str, system: str | None = None) -> Document:
@@ -143,6 +146,14 @@ def test_conversations_that_cannot_be_labelled_are_refused(case: str) -> None:
     template, document, message = REFUSED[case]
     with pytest.raises(InputError, match=rf"f\.jsonl#1: .*{message}"):
         tokenize(document, with_template(template), LONG)
+
+
+def test_thoughts_are_labelled_where_a_prompt_opens_them() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TWO_MODES.read_text()
+    thought = chat("2+2?", "4", "and 3+3?", "<think>twice 3</think>6")
+    assert labelled_text(thought, tokenizer) == "4<|im_end|>twice 3</think>6<|im_end|>"
+    assert labelled_text(chat("2+2?", "4"), tokenizer) == "4<|im_end|>"
 
 
 def test_nothing_labelled_gives_no_sequence() -> None:

@@ -15,11 +15,16 @@ from typing import Any
 import psutil
 import pytest
 
+import seodang.foundation.tokenizer
 from seodang.artifact import FileEntry
 from seodang.errors import InputError
 from seodang.release import keys
+from seodang.release.gguf import convert
 from seodang.serving import server
 from served import NAME, PROMPTS, outcome, port_of, running, signed_release, tiny_release
+from tiny import tiny_teacher
+
+TEMPLATE = Path(seodang.foundation.tokenizer.__file__).parent / "chat_template.j2"
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +92,19 @@ def test_openai_client_streams_a_chat_completion(service: dict[str, Any]) -> Non
     chunks = [chunk.choices[0] for chunk in stream if chunk.choices]
     assert sum(bool(chunk.delta.content) for chunk in chunks) > 5
     assert chunks[-1].finish_reason == "length"
+
+
+def test_a_model_of_two_modes_thinks_when_asked(tmp_path: Path) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher", layers=1)
+    (teacher / "chat_template.jinja").write_text(TEMPLATE.read_text())
+    convert(teacher, {"f16": tmp_path / "f16.gguf"}, name=NAME, card={})
+    with running(signed_release(tmp_path, {"f16": tmp_path / "f16.gguf"})) as (_, found):
+        for asked, end in (({}, "</think>"), ({"enable_thinking": True}, "assistant\n<think>")):
+            body = {"messages": [{"role": "user", "content": "2 + 2"}]}
+            connection = http.client.HTTPConnection("127.0.0.1", port_of(found), timeout=30)
+            kwargs = {"chat_template_kwargs": asked} if asked else {}
+            connection.request("POST", "/apply-template", json.dumps({**body, **kwargs}))
+            assert json.loads(connection.getresponse().read())["prompt"].endswith(end)
 
 
 def test_the_root_is_our_page(service: dict[str, Any]) -> None:

@@ -137,8 +137,12 @@ def _assistant_spans(
     """Character spans of the assistant's turns: from after the header to the end-of-turn token."""
 
     def length_of_prefix(count: int, **options: Any) -> int:
-        prefix = _render(document, messages[:count], tokenizer, **options)
-        if not rendered.startswith(prefix):
+        # Where a prompt says whether the answer begins with thoughts, either may have been said.
+        for mode in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            prefix = _render(document, messages[:count], tokenizer, **options, **mode)
+            if rendered.startswith(prefix):
+                break
+        else:
             raise InputError(
                 f"{document.origin}: the chat template does not render the first {count} messages "
                 "as the beginning of the whole conversation, so the assistant's tokens cannot be "

@@ -32,6 +32,8 @@ from seodang.progress import say
 CHAT_PAGE = Path(__file__).parent / "chat"
 CONVERSATIONS = 4
 """How many conversations are answered at the same time; more of them wait for their turn."""
+CONTEXT = 4096
+"""Tokens of a conversation, at most, unless the model was made for fewer."""
 
 _PROMPT_CACHE_MIB = 256
 _ERRORS_ONLY = 1
@@ -62,7 +64,7 @@ def serve(
     quantization: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8080,
-    context: int = 4096,
+    context: int = CONTEXT,
     threads: int | None = None,
     ready: Callable[[Service], None] = announce,
 ) -> NoReturn:
@@ -195,6 +197,7 @@ def _parameters(
     parameters.cpuparams_batch.n_threads = threads
     parameters.cache_ram_mib = _PROMPT_CACHE_MIB
     parameters.verbosity = _ERRORS_ONLY
+    parameters.enable_reasoning = 0  # a model of two modes thinks when a request says so
     parameters.endpoint_slots = False  # would show everyone's conversations to everyone
     parameters.cors_origins = ""  # pages of other sites may not read answers
     parameters.cors_credentials = False
