@@ -6,6 +6,7 @@ The texts are synthetic: sentences put together from lists of words, in Korean, 
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -249,20 +250,41 @@ from seodang.corpus.raw import build
 from seodang.corpus.raw.build import build_raw_corpus
 from seodang.corpus.raw.config import RawCorpusConfig
 config = RawCorpusConfig.model_validate_json(sys.argv[1])
-build_raw_corpus(config, Path(sys.argv[2]), Path(sys.argv[3]), workers=1)
+build_raw_corpus(config, Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[4]))
 """
+
+
+def build_elsewhere(out: Path, folder: Path, workers: int) -> subprocess.Popen[str]:
+    arguments = [config().model_dump_json(), str(out), str(folder), str(workers)]
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_workers_end_quietly_at_a_ctrl_c(folder: Path, tmp_path: Path) -> None:
+    process = build_elsewhere(tmp_path / "c", folder, workers=2)
+    while not (tmp_path / "c" / "work" / "logs" / "clean" / "completions").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in messages  # of the first process, which has no command line here
+    assert "Worker" not in messages
 
 
 def test_a_killed_build_goes_on_to_the_same_corpus(
     corpus: Artifact, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "c"
-    command = [sys.executable, "-c", KILLED, config().model_dump_json(), str(out), str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = build_elsewhere(out, folder, workers=1)
     done = out / "work" / "logs" / "clean" / "completions"
     while process.poll() is None and not (done.is_dir() and any(done.iterdir())):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()
     finished = {path.name for path in done.iterdir()}

@@ -209,7 +209,7 @@ def _stages(config: RawCorpusConfig, folder: Path, out: Path, work: Path) -> lis
 
 def _run(stages: Sequence[Stage], work: Path, workers: int) -> None:
     # Workers are forked from a server that has imported what they need, not from this process.
-    multiprocess.set_forkserver_preload([__name__])
+    multiprocess.set_forkserver_preload(["seodang.corpus.raw.workers", __name__])
     with track("Raw corpus", sum(tasks for _, _, tasks in stages), "tasks") as advance:
         for name, pipeline, tasks in stages:
             LocalPipelineExecutor(
