@@ -33,6 +33,7 @@ from seodang.foundation.post_training.reasoning_data import (
 )
 from seodang.foundation.post_training.think_fusion import STEPS, PostTrained, post_train
 from seodang.foundation.post_training.trainers import last_checkpoint
+from seodang.stages import Stages
 from tiny_think import STAGES, TINY, tiny_answering, tiny_base
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def answering(base: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def done(base: Artifact, tmp_path_factory: pytest.TempPathFactory) -> PostTrained:
-    return post_train(TINY, base, tmp_path_factory.mktemp("post") / "training")
+    return post_train(TINY, base, Stages(tmp_path_factory.mktemp("post") / "training"))
 
 
 def test_every_step_is_a_model_and_measured(done: PostTrained, base: Artifact) -> None:
@@ -76,8 +77,10 @@ def test_every_step_is_a_model_and_measured(done: PostTrained, base: Artifact) -
 def test_nothing_is_done_twice(done: PostTrained, base: Artifact) -> None:
     out = done.models["instruct"].path.parent
     before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()}
-    again = post_train(TINY, base, out)
-    assert again.to_json() == done.to_json()
+    stage = Stages(out)
+    assert post_train(TINY, base, stage).to_json() == done.to_json()
+    assert list(stage.done) == ["data", *STEPS, *(f"measured/{step}" for step in STEPS)]
+    assert not any(made["ran"] for made in stage.done.values())
     assert {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()} == before
 
 

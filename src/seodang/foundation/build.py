@@ -86,7 +86,9 @@ def _build(recipe: FoundationRecipe, folder: Path, out: Path) -> Built:
     if recipe.post_training is not None:
         from seodang.foundation.post_training.think_fusion import post_train
 
-        trained = post_train(recipe.post_training, base, out / "post-training")
+        after = Stages(out / "post-training")
+        trained = post_train(recipe.post_training, base, after)
+        stage.done |= {f"post-training/{name}": made for name, made in after.done.items()}
         built.measured = trained.measured
         last = trained.model
     stage("teacher", lambda path: _teacher(built, last, path))

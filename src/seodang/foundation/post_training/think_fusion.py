@@ -1,6 +1,6 @@
 """Think-Fusion: one model with two modes, in four steps (A.X K1, arXiv 2601.09200).
 
-    post_train(PostTrainingConfig(), base, Path("runs/nano/post-training"))
+    post_train(PostTrainingConfig(), base, Stages(Path("runs/nano/post-training")))
 
 1. From the base, two fine-tunings: Instruct answers at once, Reasoning thinks first.
 2. Their linear merge, mostly Reasoning.
@@ -14,6 +14,7 @@ both modes on the same held-out problems.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from seodang.foundation.post_training.policy_optimization import optimize_policy
 from seodang.foundation.post_training.problem import MODES
 from seodang.foundation.post_training.reasoning_data import build_reasoning_data
 from seodang.foundation.post_training.trainers import copy_model_files
+from seodang.stages import Stages
 
 STEPS = ("instruct", "reasoning", "merged", "overlap", "policy")
 
@@ -47,27 +49,29 @@ class PostTrained:
         return [{"step": step, **a.manifest.summary} for step, a in self.measured.items()]
 
 
-def post_train(config: PostTrainingConfig, base: Artifact, out: Path) -> PostTrained:
-    """Run the four steps on ``base``, a model directory with its tokenizer, below ``out``.
+def post_train(config: PostTrainingConfig, base: Artifact, stage: Stages) -> PostTrained:
+    """Run the four steps on ``base``, a model directory with its tokenizer.
 
-    ``out`` then holds ``data``, a folder for each of ``STEPS``, and ``measured/STEP``. What is
-    finished there is not done again, what was stopped goes on.
+    The folder of ``stage`` then holds ``data``, a folder for each of ``STEPS``, and
+    ``measured/STEP``. What is finished there is not done again, what was stopped goes on.
 
     Raises ``InputError`` if TRL or reasoning-gym is not installed, or ``base`` cannot be loaded.
     """
-    data = build_reasoning_data(config, out / "data")
-    tuning = config.fine_tuning
-    models = {
-        "instruct": fine_tune(config, tuning, base, data, "train", ["instant"], out / "instruct"),
-        "reasoning": fine_tune(config, tuning, base, data, "train", ["think"], out / "reasoning"),
-    }
-    models["merged"] = merge(config, models["reasoning"], models["instruct"], out / "merged")
-    models["overlap"] = fine_tune(
-        config, config.overlap, models["merged"], data, "overlap", MODES, out / "overlap"
+    data = stage("data", partial(build_reasoning_data, config))
+    models: dict[str, Artifact] = {}
+    on_one_mode = partial(fine_tune, config, config.fine_tuning, base, data, "train")
+    models["instruct"] = stage("instruct", partial(on_one_mode, ["instant"]))
+    models["reasoning"] = stage("reasoning", partial(on_one_mode, ["think"]))
+    models["merged"] = stage(
+        "merged", partial(merge, config, models["reasoning"], models["instruct"])
     )
-    models["policy"] = optimize_policy(config, models["overlap"], data, out / "policy")
+    models["overlap"] = stage(
+        "overlap",
+        partial(fine_tune, config, config.overlap, models["merged"], data, "overlap", MODES),
+    )
+    models["policy"] = stage("policy", partial(optimize_policy, config, models["overlap"], data))
     measured = {
-        step: measure_modes(config, step, models[step], data, out / "measured" / step)
+        step: stage(f"measured/{step}", partial(measure_modes, config, step, models[step], data))
         for step in STEPS
     }
     return PostTrained(models, measured)
