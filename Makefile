@@ -22,6 +22,7 @@ fetch: install
 # A worker per core, of one thread each; the tests of a file share what they set up.
 test: install-dev fetch
 	for package in $(TEST_PACKAGES); do $(BIN)/seodang fetch $$package || exit; done
+	-for packages in recipes/*/packages.yaml; do $(BIN)/seodang fetch $$packages; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: install-dev

@@ -189,7 +189,7 @@ def test_training_stops_at_damage_that_comes_while_it_runs(
     end = in_place_bits(shard, "record")
     steps, forward = [], Distillation.forward
 
-    def damages(self, batch):
+    def damages(self, batch, scale):
         steps.append(1)
         if len(steps) == 2:
             data = bytearray(saved)
@@ -197,7 +197,7 @@ def test_training_stops_at_damage_that_comes_while_it_runs(
                 data[byte] ^= 1
             with shard.open("r+b") as file:
                 file.write(data)
-        return forward(self, batch)
+        return forward(self, batch, scale)
 
     monkeypatch.setattr(Distillation, "forward", damages)
     with pytest.raises(InputError, match=r"labels-00001.parquet: row \d+: damaged"):

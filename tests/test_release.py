@@ -8,10 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -21,118 +20,13 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seodang.artifact import Artifact, Draft, Source, begin
-from seodang.corpus.build import build as build_corpus
+from seodang.artifact import Artifact, Draft, begin
 from seodang.errors import InputError, WorkFailed
 from seodang.packages import fetch
-from seodang.recipe import CorpusConfig, ReleaseConfig, SourceConfig
 from seodang.release import bom, bundle, gguf
 from seodang.release.keys import new_keys
 from seodang.release.verify import verify
-from tiny import TEXT, tiny_teacher, tiny_tokenizer
-
-CONFIG = ReleaseConfig(
-    name="tiny-student",
-    license="Apache-2.0",
-    description="A student with random weights, made by a test.",
-    quantizations=["f32", "f16", "bf16", "q8_0"],
-    parity_positions=16,
-)
-TEACHER = Source(
-    name="tiny teacher | with a bar", license="MIT", version="1.0", attribution="Nobody, 2026"
-)
-METRICS = {  # synthetic: no model has these figures
-    "models": {
-        "teacher": {"kl": 0.0, "top1_agreement": 1.0, "perplexity": 7.11},
-        "student": {"kl": 0.4321, "top1_agreement": 0.777, "perplexity": 9.22},
-        "untrained": {"kl": 5.4321, "top1_agreement": 0.05, "perplexity": 901.33},
-        "cross_entropy": {"kl": 0.9876, "top1_agreement": 0.61, "perplexity": 12.44},
-    },
-    "calibration": {},
-    "held_out": {"documents": 4, "positions": 321},
-    "partition": "full vocabulary of 600",
-    "gate": {
-        "passed": True,
-        "checks": [
-            {
-                "name": "beats.untrained.kl",
-                "model": "student",
-                "value": 0.4321,
-                "threshold": 4.4321,
-                "comparison": "<",
-                "passed": True,
-            }
-        ],
-    },
-}
-for figures in METRICS["models"].values():  # type: ignore[attr-defined]
-    figures |= {"calibration_error": 0.0123, "parameters": 2_345_678, "bytes": 9_382_712}
-    figures |= {"tokens_per_second": 1234.0}
-
-
-class Inputs(dict[str, Any]):
-    """The keyword arguments of ``bundle.build``."""
-
-
-def finished(path: Path, kind: str, **finish: Any) -> Callable[[Callable[[Path], None]], Artifact]:
-    def make(write: Callable[[Path], None]) -> Artifact:
-        draft = begin(path, kind, {"learning_rate": 0.001, "layers": 2}, {"from": "a test"})
-        assert isinstance(draft, Draft)
-        write(path)
-        return draft.finish(**finish)
-
-    return make
-
-
-def make_inputs(root: Path) -> Inputs:
-    documents = root / "documents.jsonl"
-    lines = [{"text": line} for line in TEXT.splitlines()]
-    lines += [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-        for q, a in zip(TEXT.splitlines()[:6], TEXT.splitlines()[6:12], strict=True)
-    ]
-    documents.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sources = [
-        SourceConfig(
-            name="help | texts",
-            license="CC-BY-4.0",
-            attribution="The authors of these tests",
-            path=str(documents),
-        )
-    ]
-    tokenizer = tiny_tokenizer()
-    config = CorpusConfig(sources=sources, held_out=0.3)
-    corpus = build_corpus(config, tokenizer, "fingerprint", root / "corpus")
-
-    def write_student(path: Path) -> None:
-        tiny_teacher(path, layers=2)
-        (path / "training.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
-
-    def write_evaluation(path: Path) -> None:
-        (path / "metrics.json").write_text(json.dumps(METRICS))
-        (path / "samples.json").write_text("[]")
-        (path / "report.html").write_text("<!doctype html><title>Report</title>")
-
-    def write_labels(path: Path) -> None:
-        (path / "labels-00000.parquet").write_bytes(b"\0" * 5000)
-
-    labels = {"tokens": 1000, "sequences": 14, "estimator": "head-tail"}
-    labels |= {"parameters": {"threshold": 0.06}, "layout": "fast", "vocab_size": 600}
-    return Inputs(
-        config=CONFIG,
-        corpus=corpus,
-        soft_labels=finished(
-            root / "soft-labels",
-            "soft-labels",
-            sources=[*corpus.manifest.sources, TEACHER],
-            summary=labels,
-        )(write_labels),
-        student=finished(root / "student", "student", summary={"tokens": 1000})(write_student),
-        evaluation=finished(
-            root / "evaluation", "evaluation", measured=["metrics.json", "report.html"]
-        )(write_evaluation),
-        key=new_keys(root)[0],
-    )
+from tiny_release import CONFIG, METRICS, TEACHER, Inputs, finished, make_inputs
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +69,8 @@ def test_a_release_is_complete_and_verifies(release: Artifact, public_key: Path)
         [
             "DATA_CARD.md",
             "README.md",
+            "TRAINING_DATA.md",
+            "api/openapi.json",
             "bom.cdx.json",
             "chat_template.jinja",
             "config.json",
@@ -186,9 +82,12 @@ def test_a_release_is_complete_and_verifies(release: Artifact, public_key: Path)
             "manifest.json",
             "model.safetensors",
             "model.sig",
+            "recipe.json",
             "tiny-student-bf16.gguf",
             "tiny-student-f16.gguf",
             "tiny-student-f32.gguf",
+            "tiny-student-q4_0.gguf",
+            "tiny-student-q5_0.gguf",
             "tiny-student-q8_0.gguf",
             "tokenizer.json",
             "tokenizer_config.json",
@@ -339,10 +238,16 @@ print(sum(p.numel() for p in model.parameters()))
 def test_gguf_agrees_with_pytorch(release: Artifact) -> None:
     report = json.loads((release.path / "gguf-parity.json").read_text())
     found = report["quantizations"]
-    assert list(found) == ["f32", "f16", "bf16", "q8_0"]
+    assert list(found) == CONFIG.quantizations
     assert found["f32"]["mean_kl"] < 1e-4
     assert found["f16"]["mean_kl"] < 1e-3
-    assert found["f32"]["mean_kl"] < found["q8_0"]["mean_kl"] < 1e-1
+    from_exact_to_coarse = [found[q] for q in ("f32", "q8_0", "q5_0", "q4_0")]
+    losses = [figures["mean_kl"] for figures in from_exact_to_coarse]
+    assert losses == sorted(losses)
+    assert found["q8_0"]["mean_kl"] < 1e-1 < found["q4_0"]["mean_kl"] < 1
+    sizes = [figures["bytes"] for figures in from_exact_to_coarse]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(figures["tokens_per_second"] > 0 for figures in found.values())
     assert report["positions"] == 16
     assert report["tokenization"]["mismatches"] == report["chat_template"]["mismatches"] == 0
     assert report["tokenization"]["documents"] >= report["chat_template"]["conversations"] >= 1
@@ -355,6 +260,15 @@ def test_gguf_says_what_it_is(release: Artifact) -> None:
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert "<|im_start|>" in fields["tokenizer.chat_template"].contents()
     assert not any("url" in name for name in fields)
+    quantised = GGUFReader(release.path / "tiny-student-q5_0.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in quantised.tensors}
+    assert kinds["blk.0.ffn_up.weight"] == "Q5_0"
+    assert kinds["token_embd.weight"] == "Q8_0"  # which also computes the logits here
+    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+    theirs = quantised.fields
+    assert theirs.keys() == fields.keys()
+    changed = {name for name in fields if fields[name].contents() != theirs[name].contents()}
+    assert changed == {"general.file_type"}
 
 
 def test_cards_say_what_the_artifacts_say(inputs: Inputs, release: Artifact) -> None:
@@ -390,7 +304,16 @@ def test_cards_say_what_the_artifacts_say(inputs: Inputs, release: Artifact) -> 
         *("Jaccard similarity of 0.7", "about 30% held out", inputs["corpus"].digest),
     ):
         assert fact in data_card, fact
-    for text in (body, data_card):
+    training_data = (release.path / "TRAINING_DATA.md").read_text()
+    for fact in (
+        *("help \\| texts", "CC-BY-4.0", "The authors of these tests", "(MIT)", "1,000 tokens"),
+        f"{summary['documents']['train']} documents, {summary['tokens']['train']:,} tokens",
+        *(release.manifest.config["public_key"], "less than 1 billion tokens"),
+    ):
+        assert fact in training_data, fact
+    files_of_others = training_data.partition("### 2.6")[2]
+    assert "help \\| texts" in files_of_others  # a path: nobody says that it is public
+    for text in (body, data_card, training_data):
         tables = [line for line in text.splitlines() if line.startswith("|")]
         assert tables
         assert all(line.rstrip().endswith("|") for line in tables)

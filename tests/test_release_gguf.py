@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
@@ -18,6 +20,7 @@ from seodang.packages import fetch
 from seodang.recipe import Quantization
 from seodang.release import gguf, parity
 from seodang.release.engine import Engine
+from seodang.release.quantize import quantize
 from tiny import TEXT, tiny_teacher, tiny_tokenizer
 
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -114,6 +117,8 @@ def test_parity_finds_other_weights_and_another_pre_tokenizer(
     parity.require(same)
     assert same["quantizations"]["f32"]["mean_kl"] < 1e-4
     assert same["positions"] == 20
+    with pytest.raises(WorkFailed, match=r"made\.gguf: .*release\.max_quantization_kl must stay"):
+        parity.require(same, max_kl=1e-12)
     assert same["tokenization"]["mismatches"] >= 1
     assert same["tokenization"]["examples"][0]["pytorch"]
 
@@ -121,6 +126,60 @@ def test_parity_finds_other_weights_and_another_pre_tokenizer(
     assert different["quantizations"]["f32"]["mean_kl"] > 0.1
     with pytest.raises(WorkFailed, match=r"made\.gguf: .* mean KL of"):
         parity.require(different)
+
+
+@pytest.mark.parametrize(("quantization", "steps"), [("q5_0", 16), ("q4_0", 8)])
+def test_quantisation_in_blocks_rounds_each_weight_to_its_blocks_grid(
+    quantization: Quantization, steps: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "token_embd.weight": rng.normal(size=(7, 64)).astype(np.float16),
+        "blk.0.ffn_up.weight": rng.normal(size=(5, 96)).astype(np.float16),
+        "blk.0.zero.weight": np.zeros((1, 32), np.float16),
+        "blk.0.odd.weight": rng.normal(size=(3, 33)).astype(np.float16),
+        "blk.0.attn_norm.weight": rng.normal(size=64).astype(np.float32),
+    }
+    writer = GGUFWriter(tmp_path / "f16.gguf", "llama")
+    writer.add_file_type(1)
+    writer.add_array("tokenizer.ggml.tokens", ["가", "b"])
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    made = tmp_path / "made.gguf"
+    quantize(tmp_path / "f16.gguf", made, quantization)
+    reader = GGUFReader(made)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    assert list(found) == list(tensors)
+    kinds = {name.split(".")[-2]: tensor.tensor_type.name for name, tensor in found.items()}
+    assert kinds == {
+        "token_embd": "Q8_0",
+        "ffn_up": quantization.upper(),
+        "zero": quantization.upper(),
+        "odd": "F16",
+        "attn_norm": "F32",
+    }
+    for name, tensor in found.items():
+        given = tensors[name].astype(np.float64)
+        value = dequantize(tensor.data, tensor.tensor_type)
+        if kinds[name.split(".")[-2]] != quantization.upper():
+            assert np.abs(value - given).max() <= np.abs(given).max() / 127
+            continue
+        blocks = given.reshape(-1, 32)
+        step = np.abs(blocks).max(axis=1, keepdims=True) / steps
+        # Half a step; a whole one for the largest weights of the other sign, which are cut off.
+        assert (np.abs(value.reshape(-1, 32) - blocks) <= step * 1.01).all()
+        assert np.mean(np.abs(value.reshape(-1, 32) - blocks) <= step * 0.51) > 0.95
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == ["가", "b"]
+    assert LlamaFileType(reader.fields["general.file_type"].contents()).name == (
+        f"MOSTLY_{quantization.upper()}"
+    )
+    quantize(tmp_path / "f16.gguf", tmp_path / "again.gguf", quantization)
+    assert (tmp_path / "again.gguf").read_bytes() == made.read_bytes()
 
 
 def test_an_engine_that_cannot_load_a_file_says_so(tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ import typer
 from typer.core import TyperGroup
 
 from seodang.cli_corpus import corpus_app
+from seodang.cli_evaluation import evaluate, gate
 from seodang.cli_foundation import foundation_app
 from seodang.cli_labels import labels_app, show_store
-from seodang.cli_output import AsJson, print_json, report_problems, reported
+from seodang.cli_output import AsJson, print_json, reported
+from seodang.cli_release import release_app
 from seodang.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,13 +53,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-release_app = typer.Typer(no_args_is_help=True, help="Check a release.")
 keys_app = typer.Typer(no_args_is_help=True, help="Signing keys.")
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(foundation_app, name="foundation")
 app.add_typer(labels_app, name="labels")
 app.add_typer(release_app, name="release")
 app.add_typer(keys_app, name="keys")
+app.command()(evaluate)
+app.command()(gate)
 
 
 def main() -> None:
@@ -288,11 +291,14 @@ def fetch(
 
 
 def named_packages(file: Path) -> list[PackagePin]:
-    """What a recipe needs from registries: of a run, or of a foundation teacher."""
+    """What a recipe, of whatever kind, needs from registries; ``packages.yaml`` is a list."""
+    from seodang.corpus.task_writing import read_pins
     from seodang.foundation.recipe import is_foundation_recipe, load_foundation_recipe
     from seodang.recipe_file import load_recipe
     from seodang.release.gguf import CONVERTER
 
+    if file.name == "packages.yaml":
+        return read_pins(file)
     if is_foundation_recipe(file):
         return load_foundation_recipe(file).packages()
     recipe = load_recipe(file)
@@ -353,19 +359,6 @@ def capture(
     sequences = tokenize_all(documents, chosen.tokenizer, max_length or sys.maxsize)
     artifact = capture_labels(chosen, sequences, config, out, sources=[source], ray=ray)
     show_store(artifact.path, as_json)
-
-
-@release_app.command("verify")
-@reported
-def release_verify(
-    release: Annotated[Path, typer.Argument(help="Directory of the release.")],
-    public_key: Annotated[Path, typer.Option(help="signing.pub of who released it.")],
-    as_json: AsJson = False,
-) -> None:
-    """Check a release's signature and every file of it; exit 1 if something is wrong."""
-    from seodang.release.verify import verify
-
-    report_problems(release, verify(release, public_key), as_json)
 
 
 @keys_app.command("new")

@@ -97,7 +97,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
 
     def make_corpus(path: Path) -> Artifact:
         tokenizer = load_tokenizer(teacher)
-        return build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), path)
+        return build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), path, recipe.tasks)
 
     corpus = stage("corpus", make_corpus)
 
@@ -175,6 +175,11 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
             corpus=corpus,
             soft_labels=labels,
             key=key,
+            schemas={
+                task.name: json.loads(Path(task.json_schema).read_bytes())
+                for task in recipe.tasks
+                if task.json_schema is not None
+            },
         ),
     )
     result.release = released.path

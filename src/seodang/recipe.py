@@ -22,8 +22,18 @@ from seodang.packages import PackageName, PackagePin, PackageVersion, Registry, 
 
 EstimatorName = Literal["top-k", "residual", "sampled", "head-tail"]
 Layout = Literal["fast", "small"]
-Quantization = Literal["f32", "f16", "bf16", "q8_0"]
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"]
 BaselineName = Literal["untrained", "cross_entropy"]
+TaskKind = Literal["choice", "ranking", "json", "answer"]
+TaskMetric = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z0-9@_]+$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+TASK_METRICS: dict[TaskKind, tuple[str, ...]] = {
+    "choice": ("accuracy",),
+    "ranking": ("ndcg@10", "mrr@10", "recall@10"),
+    "json": ("schema_valid", "exact_match", "field_f1"),
+    "answer": ("exact_match", "token_f1", "refusal_f1"),
+}
+"""The figures of each kind of task that a gate can ask for: in [0, 1], higher is better."""
 
 
 def _check_template(template: str) -> str:
@@ -313,6 +323,35 @@ class StudentConfig(TrainingConfig, StudentShape):
     on_policy: OnPolicyConfig | None = Field(None, description="a last stage on its own words")
 
 
+class TaskConfig(Section):
+    """A task: examples to learn it from, and held-out ones that are only measured."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="in results and gates")
+    kind: TaskKind = Field(description="choice, ranking, json or answer")
+    train: str | None = Field(None, description="task file whose examples the corpus takes in")
+    held_out: str = Field(description="task file whose examples are only measured")
+    json_schema: str | None = Field(
+        None, alias="schema", description="JSON schema (file) of the answers, of kind json"
+    )
+    refusal: str | None = Field(
+        None, description="the answer where there is nothing to answer from, of kind answer"
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> Self:
+        if (self.json_schema is not None) != (self.kind == "json"):
+            raise ValueError("a task of the kind json, and no other, has a `schema`")
+        if self.refusal is not None and self.kind != "answer":
+            raise ValueError("`refusal` belongs to tasks of the kind answer")
+        return self
+
+
+class TaskList(Section):
+    """Tasks without a recipe: what ``seodang evaluate`` is told."""
+
+    tasks: list[TaskConfig] = Field(min_length=1)
+
+
 class EvaluationConfig(Section):
     """What is measured on the held-out documents besides the distributions."""
 
@@ -321,11 +360,21 @@ class EvaluationConfig(Section):
     calibration_bins: int = Field(15, gt=1, description="of equal width")
 
 
+class TaskMargin(Section):
+    """By how much, and how surely, the student must be better at a task than a baseline."""
+
+    margin: float = Field(0.0, ge=0, description="above the baseline's figure")
+    p: float = Field(0.05, gt=0, le=1, description="the paired test's p must be below this")
+
+
 class Margins(Section):
     """By how much the student must be better than a baseline."""
 
     kl: float = Field(0.0, ge=0, description="nats per token below the baseline's KL")
     top1_agreement: float = Field(0.0, ge=0, description="above the baseline's agreement")
+    tasks: dict[TaskMetric, TaskMargin] = Field(
+        {}, description="tasks' figures, TASK.METRIC, and by how much they must be better"
+    )
 
 
 class GateConfig(Section):
@@ -335,13 +384,42 @@ class GateConfig(Section):
     min_top1_agreement: float | None = Field(
         None, ge=0, le=1, description="share of held-out positions"
     )
+    floors: dict[TaskMetric, float] = Field({}, description="least figures of tasks, TASK.METRIC")
     beats: dict[BaselineName, Margins] = Field(
         {}, description="baselines, and by how much they must be beaten"
     )
+    within_teacher: dict[TaskMetric, Share] = Field(
+        {}, description="by how much a task's figure may be below the teacher's"
+    )
+    language_gap: dict[TaskMetric, Share] = Field(
+        {}, description="by how much the languages' figures of a task may differ"
+    )
+    no_regression: dict[TaskMetric, Share] = Field(
+        {}, description="by how much a task's figure may be below the previous release's"
+    )
+    previous: str | None = Field(
+        None, description="directory of the previous release, for `no_regression`"
+    )
+
+    def task_metrics(self) -> list[str]:
+        """Every TASK.METRIC that is asked for, once."""
+        asked = [*self.floors, *self.within_teacher, *self.language_gap, *self.no_regression]
+        asked += [key for margins in self.beats.values() for key in margins.tasks]
+        return list(dict.fromkeys(asked))
+
+
+class ReleasedDataConfig(Section):
+    """Which of the training documents, and of their soft labels, are released with the model.
+
+    Only those whose licence allows it are eligible: see :mod:`seodang.release.licenses`.
+    """
+
+    share: float = Field(gt=0, le=1, description="of each source's eligible documents")
+    seed: int = Field(0, ge=0, description="of the choice, which goes by the documents' digests")
 
 
 class ReleaseConfig(Section):
-    """The released model's name, licence and file formats."""
+    """The released model's name, licence and file formats, and what data goes with it."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the model and of its GGUF files"
@@ -352,8 +430,14 @@ class ReleaseConfig(Section):
     quantizations: list[Quantization] = Field(
         ["f16", "q8_0"], description="GGUF files; f32 and f16 must agree with PyTorch"
     )
+    max_quantization_kl: float | None = Field(
+        None, gt=0, description="nats per token that any GGUF may lose, on average"
+    )
     parity_positions: int = Field(
         48, gt=0, description="held-out positions at which GGUF and PyTorch are compared"
+    )
+    data: ReleasedDataConfig | None = Field(
+        None, description="the part of the training data that is released"
     )
 
 
@@ -368,6 +452,7 @@ class Recipe(Section):
     teacher: TeacherConfig
     soft_labels: SoftLabelsConfig = SoftLabelsConfig()
     student: StudentConfig
+    tasks: list[TaskConfig] = Field([], description="what the student is for, and is measured on")
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     release: ReleaseConfig
@@ -383,6 +468,20 @@ class Recipe(Section):
                 f"of the stored ids, which {self.soft_labels.estimator} labels do not hold: set "
                 "`soft_labels.estimator` to residual"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_asks_for_figures_of_tasks(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"`tasks`: several have the name {repeated[0]!r}; rename one")
+        known = [f"{task.name}.{m}" for task in self.tasks for m in TASK_METRICS[task.kind]]
+        for key in self.gate.task_metrics():
+            if key not in known:
+                raise ValueError(
+                    f"`gate`: {key} is no figure of this recipe's tasks; known: "
+                    + (", ".join(known) or "none, for there is no task")
+                )
         return self
 
     def packages(self) -> list[PackagePin]:

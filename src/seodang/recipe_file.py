@@ -7,6 +7,7 @@ import glob
 import re
 import reprlib
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from seodang.errors import InputError
-from seodang.recipe import Recipe
+from seodang.recipe import Recipe, TaskConfig, TaskList
 
 MAX_BYTES = 256 * 1024  # of a recipe file
 MAX_VALUES = 100_000  # in it, aliases followed
@@ -245,23 +246,45 @@ def _refuse_repeated_names(recipe: Recipe, reader: RecipeReader) -> None:
             raise InputError(f"{where}: the name {source.name!r} is another source's; rename one")
 
 
+def load_task_list(file: Path) -> list[TaskConfig]:
+    """The tasks of a YAML file that holds nothing but ``tasks``; none of any other."""
+    data = RecipeReader(file).read()
+    if not isinstance(data, dict) or set(data) != {"tasks"}:
+        return []
+    found, reader = read_as(TaskList, file)
+    return _resolve_tasks(found.tasks, reader)
+
+
+def _resolve(reader: RecipeReader, value: str, path: _Path) -> tuple[Path, str]:
+    """A path of the file, absolute, and the pattern that finds what it names."""
+    folder = reader.file.resolve().parent
+    given = Path(value)
+    with suppress(RuntimeError):  # a ~user that is not known here
+        given = given.expanduser()
+    literal = folder / given
+    for pattern in (glob.escape(str(literal)), str(Path(glob.escape(str(folder))) / given)):
+        if next(glob.iglob(pattern, recursive=True), None) is not None:
+            return literal, pattern
+    dotted = ".".join(str(part) for part in path)
+    raise InputError(f"{reader.where(path)}: `{dotted}`: no file at {value} (looked for {literal})")
+
+
+def _resolve_tasks(tasks: list[TaskConfig], reader: RecipeReader) -> list[TaskConfig]:
+    resolved = []
+    for i, task in enumerate(tasks):
+        given = {key: getattr(task, key) for key in ("train", "held_out", "json_schema")}
+        targets = {
+            key: str(_resolve(reader, value, ("tasks", i, key.removeprefix("json_")))[0])
+            for key, value in given.items()
+            if value is not None
+        }
+        resolved.append(task.model_copy(update=targets))
+    return resolved
+
+
 def _resolve_paths(recipe: Recipe, reader: RecipeReader) -> Recipe:
     """Make paths absolute and refuse those that lead nowhere."""
-    folder = reader.file.resolve().parent
-
-    def resolve(value: str, path: _Path) -> tuple[Path, str]:
-        """The path itself, and the pattern that finds what it names."""
-        given = Path(value)
-        with suppress(RuntimeError):  # a ~user that is not known here
-            given = given.expanduser()
-        literal = folder / given
-        for pattern in (glob.escape(str(literal)), str(Path(glob.escape(str(folder))) / given)):
-            if next(glob.iglob(pattern, recursive=True), None) is not None:
-                return literal, pattern
-        dotted = ".".join(str(part) for part in path)
-        raise InputError(
-            f"{reader.where(path)}: `{dotted}`: no file at {value} (looked for {literal})"
-        )
+    resolve = partial(_resolve, reader)
 
     sources = [
         source
@@ -280,5 +303,11 @@ def _resolve_paths(recipe: Recipe, reader: RecipeReader) -> Recipe:
     if student.path is not None:
         target = str(resolve(student.path, ("student", "path"))[0])
         student = student.model_copy(update={"path": target})
+    gate = recipe.gate
+    if gate.previous is not None:
+        target = str(resolve(gate.previous, ("gate", "previous"))[0])
+        gate = gate.model_copy(update={"previous": target})
     corpus = recipe.corpus.model_copy(update={"sources": sources})
-    return recipe.model_copy(update={"corpus": corpus, "teacher": teacher, "student": student})
+    tasks = _resolve_tasks(recipe.tasks, reader)
+    sections = {"corpus": corpus, "teacher": teacher, "student": student}
+    return recipe.model_copy(update={**sections, "tasks": tasks, "gate": gate})

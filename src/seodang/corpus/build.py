@@ -7,26 +7,37 @@
 Sources are read, exact duplicates dropped and near-duplicates clustered. The clusters are taken
 in the order of their digests. A budget (``max_tokens`` of a source, ``train_tokens``,
 ``held_out_tokens``) takes documents in that order until it is met: the last one may go beyond it.
+
+The training examples of tasks are documents among the others. What is a near-duplicate of a task's
+held-out example, wherever it comes from, is dropped.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seodang.artifact import Artifact, Source, begin
+from seodang.artifact import Artifact, Source, begin, canonical_json, sha256_bytes, sha256_file
 from seodang.corpus.documents import Document
 from seodang.corpus.readers import read_source, source_digest
 from seodang.corpus.sequences import TokenSequence, tokenize
-from seodang.corpus.split import Cluster, Side, clusters, split, without_duplicates
+from seodang.corpus.split import (
+    Cluster,
+    Side,
+    clusters,
+    comparable,
+    split,
+    without_duplicates,
+)
+from seodang.corpus.tasks import task_documents
 from seodang.errors import InputError
 from seodang.progress import say, track
-from seodang.recipe import CorpusConfig, SourceConfig
+from seodang.recipe import CorpusConfig, SourceConfig, TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,27 +71,33 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_fingerprint: str,
     out: Path,
+    tasks: Sequence[TaskConfig] = (),
 ) -> Artifact:
     """Make the corpus artifact at ``out``, or open it if it is there already.
 
-    Raises ``InputError`` for sources that cannot be read (see ``read_source``), conversations
-    that the chat template cannot take (see ``tokenize``), and a corpus that is empty or too small
-    to split.
+    Raises ``InputError`` for sources that cannot be read (see ``read_source``) or tasks (see
+    ``read_examples``), conversations that the chat template cannot take (see ``tokenize``), and a
+    corpus that is empty or too small to split.
     """
     names = [source.name for source in config.sources]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"corpus.sources: several have the name {repeated[0]!r}; rename one")
     inputs = {f"source:{source.name}": source_digest(source) for source in config.sources}
+    inputs |= {f"task:{task.name}": _task_digest(task) for task in tasks}
     inputs["tokenizer"] = tokenizer_fingerprint
     draft = begin(out, "corpus", _portable(config), inputs)
     if isinstance(draft, Artifact):
         return draft
 
-    dropped: _Dropped = {name: Counter() for name in names}
-    groups = clusters(_distinct(config, dropped), config.near_duplicate)
+    dropped: _Dropped = defaultdict(Counter, {name: Counter() for name in names})
+    sides_of_tasks = [task_documents(task) for task in tasks]
+    examples = [example for train, _ in sides_of_tasks for example in train]
+    held_out = [example for _, measured in sides_of_tasks for example in measured]
+    documents = _distinct(config, examples, dropped)
+    groups = _apart_from(held_out, documents, config.near_duplicate, dropped)
     entries = _tokenize(groups, tokenizer, config, dropped)
     if not entries:
-        reasons = "; ".join(f"{name!r}: {_listed(dropped[name])}" for name in names)
+        reasons = "; ".join(f"{name!r}: {_listed(counts)}" for name, counts in dropped.items())
         raise InputError(f"the corpus is empty, no source gives a usable document ({reasons})")
     kept = {entry.cluster for entry in entries}
     sides = split([group for group in groups if group.digest in kept], config.held_out)
@@ -90,6 +107,7 @@ def build(
     (out / DOCUMENTS).write_text("".join(lines), encoding="utf-8", newline="\n")
     _write_sequences(taken, sides, out / SEQUENCES)
     sources = [_source(source, inputs[f"source:{source.name}"], taken) for source in config.sources]
+    sources += _task_sources([e for e in examples if e.source not in names], taken)
     for source in sources:
         if not source.documents:
             say(f"corpus: the source {source.name!r} gave nothing: {_listed(dropped[source.name])}")
@@ -132,9 +150,38 @@ def _portable(config: CorpusConfig) -> dict[str, Any]:
     return dumped
 
 
-def _distinct(config: CorpusConfig, dropped: _Dropped) -> list[Document]:
-    """The usable documents of all sources, exact duplicates once."""
-    read = list(_usable(config, dropped))
+def _task_digest(task: TaskConfig) -> str:
+    """SHA-256 of what decides which documents a task gives and forbids."""
+    files = [
+        None if file is None else sha256_file(Path(file)) for file in (task.train, task.held_out)
+    ]
+    return sha256_bytes(canonical_json([task.kind, *files]))
+
+
+def _apart_from(
+    held_out: list[Document], documents: list[Document], near_duplicate: float, dropped: _Dropped
+) -> list[Cluster]:
+    """The clusters of those documents that are no near-duplicates of a held-out example."""
+    texts = {comparable(example) for example in held_out}
+    for document in documents:
+        if comparable(document) in texts:
+            dropped[document.source]["held out for a task"] += 1
+    apart = [document for document in documents if comparable(document) not in texts]
+    groups = []
+    measured = {id(example) for example in held_out}
+    for group in clusters([*apart, *without_duplicates(held_out)], near_duplicate):
+        if not any(id(document) in measured for document in group.documents):
+            groups.append(group)
+            continue
+        for document in group.documents:
+            if id(document) not in measured:
+                dropped[document.source]["near-duplicate of a held-out example"] += 1
+    return groups
+
+
+def _distinct(config: CorpusConfig, examples: list[Document], dropped: _Dropped) -> list[Document]:
+    """The usable documents of all sources and tasks, exact duplicates once."""
+    read = [*_usable(config, dropped), *examples]
     distinct = without_duplicates(read)
     repeated = Counter(d.source for d in read) - Counter(d.source for d in distinct)
     for source, count in repeated.items():
@@ -171,7 +218,7 @@ def _tokenize(
         for cluster, document in documents:
             advance(1)
             source = document.source
-            if used[source] >= budgets[source]:
+            if used[source] >= budgets.get(source, math.inf):
                 dropped[source]["beyond a token budget"] += 1
                 continue
             windows = tokenize(document, tokenizer, config.max_length)
@@ -213,6 +260,17 @@ def _source(source: SourceConfig, sha256: str, entries: list[_Entry]) -> Source:
         documents=len(own),
         tokens=sum(entry.tokens for entry in own),
     )
+
+
+def _task_sources(examples: list[Document], entries: list[_Entry]) -> list[Source]:
+    """Where the tasks' training examples came from, by source and licence."""
+    named = sorted({(example.source, example.license) for example in examples})
+    found = []
+    for name, license_ in named:
+        own = [e for e in entries if (e.document.source, e.document.license) == (name, license_)]
+        tokens = sum(entry.tokens for entry in own)
+        found.append(Source(name=name, license=license_, documents=len(own), tokens=tokens))
+    return found
 
 
 def _line(entry: _Entry, side: Side) -> dict[str, Any]:

@@ -16,7 +16,10 @@ _TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Document:
-    """One document: ``messages`` (``role`` and ``content`` each) or, without them, ``text``."""
+    """One document: ``messages`` (``role`` and ``content`` each) or, without them, ``text``.
+
+    ``compared`` is what near-duplicates are told by, if that is not all of its words.
+    """
 
     id: str
     source: str
@@ -24,6 +27,7 @@ class Document:
     origin: str
     text: str = ""
     messages: list[dict[str, str]] | None = None
+    compared: str | None = None
 
     @property
     def content(self) -> str:

@@ -53,10 +53,15 @@ def without_duplicates(documents: Iterable[Document]) -> list[Document]:
     return list(first.values())
 
 
+def words(text: str) -> list[str]:
+    """The words of ``text`` in one case, without punctuation."""
+    return _WORD.findall(text.casefold())
+
+
 def shingles(text: str) -> set[str]:
     """The runs of three words of ``text``; of a shorter text, its words together."""
-    words = _WORD.findall(text.casefold()) or text.split()
-    return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
+    found = words(text) or text.split()
+    return {" ".join(found[start : start + 3]) for start in range(max(1, len(found) - 2))}
 
 
 def clusters(documents: list[Document], threshold: float) -> list[Cluster]:
@@ -69,7 +74,10 @@ def clusters(documents: list[Document], threshold: float) -> list[Cluster]:
     """
     numbers: dict[str, int] = {}
     sets = [
-        {numbers.setdefault(shingle, len(numbers)) for shingle in shingles(document.content)}
+        {
+            numbers.setdefault(shingle, len(numbers))
+            for shingle in shingles(document.compared or document.content)
+        }
         for document in documents
     ]
     frequency = Counter(element for elements in sets for element in elements)

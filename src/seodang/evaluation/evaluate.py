@@ -8,14 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seodang.artifact import Artifact, begin, write_atomically, write_json
+from seodang.artifact import (
+    Artifact,
+    begin,
+    canonical_json,
+    sha256_bytes,
+    write_atomically,
+    write_json,
+)
 from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.corpus.build import read_documents, read_sequences
 from seodang.evaluation.fidelity import measure, partition
-from seodang.evaluation.gate import check
+from seodang.evaluation.gate import check_metrics, read_metrics
 from seodang.evaluation.on_policy import judge
 from seodang.evaluation.report import render
+from seodang.evaluation.responding import LocalModel
 from seodang.evaluation.samples import samples
+from seodang.evaluation.task_evaluation import measure_tasks
+from seodang.evaluation.tasks import load_task
 from seodang.recipe import Recipe
 from seodang.student.train import untrained, vocabulary_of
 from seodang.training.log import LOG, read_rows
@@ -42,15 +52,19 @@ def evaluate(
 ) -> Artifact:
     """Measure teacher, student, untrained start and cross-entropy student on held-out documents.
 
+    If the recipe has tasks, these four are measured on their held-out examples too.
+
     ``after_on_policy`` is the student after that stage, and ``scorer`` the teacher that scores its
     own words: the better of the two is the ``student`` of the figures and the gate, the other one
     ``before_on_policy`` or ``after_on_policy``, and ``on_policy`` says why.
 
     Raises ``WorkFailed`` if a model gives figures that are not finite.
     """
+    tasks = [load_task(task) for task in recipe.tasks]
+    previous = None if recipe.gate.previous is None else read_metrics(Path(recipe.gate.previous))
     config = {
         "evaluation": recipe.evaluation.model_dump(),
-        "gate": recipe.gate.model_dump(),
+        "gate": recipe.gate.model_dump(exclude={"previous"}),
     }
     inputs = {
         "teacher": model_fingerprint(teacher),
@@ -60,16 +74,20 @@ def evaluate(
     }
     if after_on_policy is not None:
         inputs["after_on_policy"] = after_on_policy.digest
+    inputs |= {f"task:{task.name}": task.digest for task in tasks}
+    if previous is not None:
+        inputs["previous"] = sha256_bytes(canonical_json(previous.get("tasks")))
     draft = begin(out, "evaluation", config, inputs)
     if isinstance(draft, Artifact):
         return draft
 
     reference = CausalLM.load(teacher)
     start = untrained(student.path, teacher, recipe.student).to(reference.device).eval()
+    trained = CausalLM.load(student.path)
     models = {
-        "student": CausalLM.load(student.path),
+        "student": trained,
         "cross_entropy": CausalLM.load(cross_entropy.path),
-        "untrained": CausalLM(start, reference.tokenizer),
+        "untrained": CausalLM(start, trained.tokenizer),
     }
     if after_on_policy is not None:
         models["after_on_policy"] = CausalLM.load(after_on_policy.path)
@@ -98,8 +116,18 @@ def evaluate(
             "positions": sum(len(sequence.labelled) for sequence in sequences),
         },
         "partition": partition(reference, vocabulary),
-        "gate": check(figures, recipe.gate),
     }
+    if tasks:
+        everyone = {"teacher": reference, **models}
+        metrics |= measure_tasks(
+            {name: LocalModel(model) for name, model in everyone.items()},
+            tasks,
+            draft.path,
+            compared="student",
+            robust=("student", "cross_entropy"),
+            timed=("teacher", "student", "cross_entropy"),
+        )
+    metrics["gate"] = check_metrics(metrics, recipe.gate, previous)
     if judged is not None:
         metrics["on_policy"] = judged
     write_json(draft.path / METRICS, metrics)

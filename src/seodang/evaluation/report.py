@@ -13,6 +13,7 @@ from seodang import __version__
 from seodang.evaluation import plots
 from seodang.evaluation.gate import Models, measured
 from seodang.evaluation.plots import NAMES, megabytes
+from seodang.evaluation.task_report import task_sections
 from seodang.pages import page_environment
 
 TEMPLATE = "report.html.j2"
@@ -163,12 +164,25 @@ def _requirement(name: str) -> str:
             return f"KL below that of {baselines.get(baseline, baseline)}"
         case ["beats", baseline, "top1_agreement"]:
             return f"Agreement above that of {baselines.get(baseline, baseline)}"
+        case ["beats", baseline, "tasks", task, metric]:
+            return f"{task}: {metric} above that of {baselines.get(baseline, baseline)}"
+        case ["beats", baseline, "tasks", task, metric, "p"]:
+            return f"{task}: that {metric} is above it is no chance"
+        case ["floors", task, metric]:
+            return f"{task}: {metric} at or above the floor"
+        case ["within_teacher", task, metric]:
+            return f"{task}: {metric} close to the teacher’s, or above it"
+        case ["language_gap", task, metric]:
+            return f"{task}: {metric} much the same in every language"
+        case ["no_regression", task, metric]:
+            return f"{task}: {metric} not below that of the previous release"
     return name
 
 
 def _check_row(check: Mapping[str, Any]) -> dict[str, Any]:
     """A gate check as the words and numbers of its row."""
-    share = "agreement" in check["name"]
+    of_task = not check["name"].endswith((".kl", ".p", "max_kl"))
+    share = "agreement" in check["name"] or of_task
 
     def write(value: float | None) -> str:
         if value is None or not math.isfinite(value):
@@ -307,6 +321,7 @@ def render(
         sentence=_sentence(models, tiles),
         tiles=tiles,
         table=_table(models),
+        tasks=task_sections(metrics),
         checks=[_check_row(check) for check in (gate or {}).get("checks", [])],
         held_out=_held_out(metrics.get("held_out")),
         figures={name: [plot for plot in group if plot] for name, group in figures.items()},

@@ -131,6 +131,12 @@ def _model_card(facts: Facts, datasets: list[str]) -> dict[str, Any]:
         for metric in ("kl", "top1_agreement", "perplexity", "calibration_error")
         if models[model].get(metric) is not None
     ]
+    figures += [
+        {"type": f"student.{task}.{metric}", "value": f"{found['value']:.6g}"}
+        for task, by_model in facts.metrics.get("tasks", {}).items()
+        for metric, found in by_model["student"].items()
+        if metric != "by_language"
+    ]
     return {
         "modelParameters": {
             "approach": {"type": "supervised"},

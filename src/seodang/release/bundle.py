@@ -1,4 +1,4 @@
-"""The release: weights in every format, cards, evaluation, bill of materials and signature.
+"""The release: weights in every format, cards, data, evaluation, API description and signature.
 
 It is the last stage of a run, and only a student that passed the gate gets here.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from seodang.artifact import Artifact, FileEntry, begin, sha256_file, write_atom
 from seodang.corpus.build import read_documents, read_sequences
 from seodang.errors import WorkFailed
 from seodang.progress import say
-from seodang.recipe import Quantization, ReleaseConfig
-from seodang.release import bom, cards, gguf, keys, parity, signature
+from seodang.recipe import Quantization, ReleaseConfig, ReleasedDataConfig
+from seodang.release import bom, cards, data, gguf, keys, openapi, parity, signature
 from seodang.release.facts import METRICS, Facts
 from seodang.training.log import EVENTS, LOG, SPEED
 
+API = "api/openapi.json"
 BOM = "bom.cdx.json"
+DATA = "data"
 DATA_CARD = "DATA_CARD.md"
 EVALUATION = "evaluation"
 MODEL_CARD = "README.md"
 PARITY = "gguf-parity.json"
+SETTINGS = "recipe.json"
+TRAINING_SUMMARY = "TRAINING_DATA.md"
 _WORK = ".build"
 # Of the student; the report shows what is in it.
 _TRAINING_LOG = {LOG, SPEED, EVENTS}
@@ -38,11 +43,16 @@ def build(
     corpus: Artifact,
     soft_labels: Artifact,
     key: Path,
+    schemas: openapi.Schemas | None = None,
 ) -> Artifact:
     """Build and sign the release in ``out``, resuming what an earlier, killed build left there.
 
+    ``schemas`` are the JSON schemas of the answers that the student was trained to give, by the
+    name of the task; the description of its API shows how they are asked for.
+
     Raises ``WorkFailed`` if the gate was not passed, if a file of the student or the evaluation is
-    not what its manifest says, or if an unquantised GGUF does not agree with PyTorch; and
+    not what its manifest says, if an unquantised GGUF does not agree with PyTorch or a quantised
+    one loses more than the recipe allows, or if data is asked for and no licence allows it; and
     ``InputError`` if the key cannot be used or llama.cpp does not know the model.
     """
     metrics = json.loads((evaluation.path / METRICS).read_bytes())
@@ -52,7 +62,12 @@ def build(
     draft = begin(
         out,
         "release",
-        {**config.model_dump(), "public_key": public_key, "converter": str(gguf.CONVERTER)},
+        {
+            **config.model_dump(),
+            "public_key": public_key,
+            "converter": str(gguf.CONVERTER),
+            "schemas": dict(schemas or {}),
+        },
         {
             "student": student.digest,
             "evaluation": evaluation.digest,
@@ -76,7 +91,7 @@ def build(
         gguf.convert(student.path, missing, name=config.name, card=card)
         for quantization, made in missing.items():
             made.replace(ggufs[quantization])
-    agreement = _parity(draft.path, student, ggufs, corpus, config.parity_positions)
+    agreement = _parity(draft.path, student, ggufs, corpus, config)
 
     weights = [*sorted(draft.path.glob("model*.safetensors")), *ggufs.values()]
     facts = Facts(
@@ -87,11 +102,24 @@ def build(
         soft_labels=soft_labels,
         weights=[_entry(file) for file in weights],
         parity=agreement,
+        portion=None,
         key=public_key,
     )
-    write_atomically(draft.path / MODEL_CARD, cards.model_card(facts).encode())
-    write_atomically(draft.path / DATA_CARD, cards.data_card(facts).encode())
-    write_atomically(draft.path / BOM, bom.bill_of_materials(facts).encode())
+    if config.data is not None:
+        facts = replace(facts, portion=_data(draft.path / DATA, work / DATA, config.data, facts))
+    stages = {"corpus": corpus, "soft-labels": soft_labels, "student": student}
+    stages["evaluation"] = evaluation
+    texts = {
+        MODEL_CARD: cards.model_card(facts),
+        DATA_CARD: cards.data_card(facts),
+        TRAINING_SUMMARY: cards.training_summary(facts),
+        BOM: bom.bill_of_materials(facts),
+    }
+    for name, text in texts.items():
+        write_atomically(draft.path / name, text.encode())
+    write_json(draft.path / SETTINGS, {k: v.manifest.config for k, v in stages.items()})
+    (draft.path / API).parent.mkdir(exist_ok=True)
+    write_json(draft.path / API, openapi.describe(facts, schemas or {}))
 
     def sign(manifest: bytes) -> None:
         signature.sign(draft.path, manifest, key, name=config.name, work=work)
@@ -126,7 +154,7 @@ def _parity(
     student: Artifact,
     ggufs: dict[Quantization, Path],
     corpus: Artifact,
-    positions: int,
+    config: ReleaseConfig,
 ) -> dict[str, Any] | None:
     """What gguf-parity.json holds, measured unless an earlier build did; None without GGUF."""
     if not ggufs:
@@ -138,15 +166,27 @@ def _parity(
             ggufs,
             [sequence.token_ids.tolist() for sequence in read_sequences(corpus.path, "held_out")],
             read_documents(corpus.path, "held_out"),
-            positions=positions,
+            positions=config.parity_positions,
         )
-        parity.require(report)
+        parity.require(report, config.max_quantization_kl)
         for what in ("tokenization", "chat_template"):
             if count := report[what]["mismatches"]:
                 say(f"Note: llama.cpp's {what} differs on {count} held-out documents: {PARITY}")
         write_json(file, report)
     found: dict[str, Any] = json.loads(file.read_bytes())
     return found
+
+
+def _data(target: Path, work: Path, config: ReleasedDataConfig, facts: Facts) -> dict[str, Any]:
+    """What selection.json holds of the released data, which is made in ``work`` and moved whole."""
+    say("Choosing the part of the training data that is released")
+    work.mkdir()
+    portion = data.write(work, config, facts.corpus, facts.soft_labels, facts.teachers)
+    card = cards.data_set_card(replace(facts, portion=portion))
+    write_atomically(work / "README.md", card.encode())
+    shutil.rmtree(target, ignore_errors=True)
+    work.replace(target)
+    return portion
 
 
 def _entry(file: Path) -> FileEntry:

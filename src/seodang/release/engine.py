@@ -115,6 +115,14 @@ class Engine:
         found -= np.logaddexp.reduce(found)
         return found
 
+    def tokens_per_second(self, token_ids: list[int], tokens: int) -> float:
+        """How fast ``tokens`` tokens are written after ``token_ids``, one after the other."""
+        answer = self._post(
+            "/completion",
+            {"prompt": token_ids, "n_predict": tokens, "ignore_eos": True, "cache_prompt": False},
+        )
+        return float(answer["timings"]["predicted_per_second"])
+
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """The token ids of ``text``, in which special tokens may be written out."""
         request = {"content": text, "add_special": add_special, "parse_special": True}

@@ -9,6 +9,7 @@ from typing import Any
 
 from seodang.artifact import Artifact, FileEntry, Source
 from seodang.recipe import ReleaseConfig
+from seodang.release.provenance import DataSource, training_data
 
 METRICS = "metrics.json"
 
@@ -17,8 +18,9 @@ METRICS = "metrics.json"
 class Facts:
     """Everything a release is made of. ``parity`` is gguf-parity.json, None without GGUF.
 
-    ``weights`` are the released files that hold the model; ``key`` is the fingerprint of the
-    public key that verifies the release.
+    ``weights`` are the released files that hold the model; ``portion`` is selection.json of the
+    released data, None without; ``key`` is the fingerprint of the public key that verifies the
+    release.
     """
 
     config: ReleaseConfig
@@ -28,6 +30,7 @@ class Facts:
     soft_labels: Artifact
     weights: list[FileEntry]
     parity: dict[str, Any] | None
+    portion: dict[str, Any] | None
     key: str
 
     @cached_property
@@ -46,6 +49,11 @@ class Facts:
     def data(self) -> list[Source]:
         """The sources of the documents."""
         return self.corpus.manifest.sources
+
+    @cached_property
+    def training_data(self) -> list[DataSource]:
+        """The sources of the documents that were trained on, by category."""
+        return training_data(self.corpus)
 
     @property
     def teachers(self) -> list[Source]:

@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from seodang.errors import InputError, WorkFailed
 from seodang.packages import PackagePin, open_package
+from seodang.pages import yaml_fences
 from seodang.recipe import Quantization
+from seodang.release.quantize import BLOCK_FORMATS, SOURCE, quantize
 
 # llama.cpp's own converter (MIT). It is not a dependency: its top-level package `gguf` would
 # overwrite, and on removal delete, the one that transformers reads GGUF teachers with.
@@ -93,6 +93,10 @@ def convert(
     fails otherwise.
     """
     known = pre_tokenizer(json.loads((model / "tokenizer.json").read_bytes()))
+    in_blocks = [quantization for quantization in targets if quantization in BLOCK_FORMATS]
+    written = [quantization for quantization in targets if quantization not in BLOCK_FORMATS]
+    if in_blocks and SOURCE not in written:
+        written.append(SOURCE)
     beside = next(iter(targets.values())).parent
     with (
         open_package(CONVERTER) as archive,
@@ -107,7 +111,7 @@ def convert(
         (staged / "README.md").write_text(yaml_fences(card), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "seodang.release.converter"]
         done = subprocess.run(
-            [*command, str(archive.path.resolve()), known or "", f"model/{name}", *targets],
+            [*command, str(archive.path.resolve()), known or "", f"model/{name}", *written],
             check=False,
             cwd=folder,
             capture_output=True,
@@ -116,16 +120,15 @@ def convert(
         )
         if done.returncode:
             raise _explain(model, done.stderr)
+        for quantization in in_blocks:
+            quantize(
+                Path(folder) / f"{SOURCE}.gguf", Path(folder) / f"{quantization}.gguf", quantization
+            )
         for quantization, target in targets.items():
             converted = Path(folder) / f"{quantization}.gguf"
-            with converted.open("rb") as written:
-                os.fsync(written.fileno())
+            with converted.open("rb") as whole:
+                os.fsync(whole.fileno())
             converted.replace(target)
-
-
-def yaml_fences(card: dict[str, Any]) -> str:
-    """A model card's YAML front matter, with its fences."""
-    return f"---\n{yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _explain(model: Path, log: str) -> InputError | WorkFailed:

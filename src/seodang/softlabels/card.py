@@ -8,14 +8,12 @@ https://huggingface.co/docs/hub/repositories-licenses.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from seodang.artifact import Source
+from seodang.pages import card_environment, yaml_fences
 from seodang.softlabels.estimators import BIASED
 from seodang.softlabels.shards import StoreHeader
 
@@ -60,15 +58,8 @@ def data_card(
     must know. What is allowed follows from the licences, which are stated and not interpreted.
     Equal input gives equal text.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _cell
-    body = environment.get_template(TEMPLATE).render(
+    template = card_environment(Path(__file__).parent).get_template(TEMPLATE)
+    body = template.render(
         header=header,
         summary=summary,
         sources=sources,
@@ -78,22 +69,16 @@ def data_card(
         biased=header.estimator in BIASED,
         imported=header.teacher.startswith(IMPORTED),
     )
-    front = yaml.safe_dump(front_matter(summary, sources), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n{body}"
+    return yaml_fences(front_matter(summary, sources)) + body
 
 
 def front_matter(summary: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
     """The card's metadata; ``datasets.load_dataset`` finds the shards by it."""
-    names = {source.license for source in sources} or {""}
-    listed = sorted({_hub_name(name) for name in names})
-    others = sorted(name for name in names if _hub_name(name) == "other")
-    size = next((i for i in range(len(_SIZES)) if summary["sequences"] < 10 ** (i + 3)), -1)
     return {
-        "license": listed[0] if len(listed) == 1 else listed,
-        **({"license_name": " AND ".join(others)} if others else {}),
+        **license_metadata({source.license for source in sources}),
         "task_categories": ["text-generation"],
         "tags": ["seodang", "knowledge-distillation", "soft-labels"],
-        "size_categories": [_SIZES[size]],
+        "size_categories": [size_category(summary["sequences"])],
         "configs": [
             {
                 "config_name": "default",
@@ -101,6 +86,22 @@ def front_matter(summary: dict[str, Any], sources: Sequence[Source]) -> dict[str
             }
         ],
     }
+
+
+def license_metadata(names: Set[str]) -> dict[str, Any]:
+    """``license``, and ``license_name`` for those that the Hub does not know, of these licences."""
+    names = names or {""}
+    listed = sorted({_hub_name(name) for name in names})
+    others = sorted(name for name in names if _hub_name(name) == "other")
+    return {
+        "license": listed[0] if len(listed) == 1 else listed,
+        **({"license_name": " AND ".join(others)} if others else {}),
+    }
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name for the size of a data set of so many rows."""
+    return _SIZES[next((i for i in range(len(_SIZES)) if rows < 10 ** (i + 3)), -1)]
 
 
 def _unstated(license_name: str) -> bool:
@@ -112,11 +113,3 @@ def _hub_name(license_name: str) -> str:
         return "unknown"
     name = re.sub("-(only|or-later)$", "", license_name.strip().lower())
     return name if name in _ON_THE_HUB.split() else "other"
-
-
-def _cell(value: object) -> str:
-    """Text for one cell of a Markdown table."""
-    if value is None or value == "":
-        return "–"
-    text = " ".join(str(value).split())
-    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text)

@@ -1,9 +1,9 @@
-"""Labels out of a store, as plain Parquet that needs no decoding."""
+"""Labels out of a store: as plain Parquet that needs no decoding, or some of them as a store."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from seodang.artifact import Artifact, Source, begin, sha256_bytes, write_atomically
+from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError
 from seodang.progress import track
+from seodang.softlabels.card import CARD, data_card
+from seodang.softlabels.estimators import Entries
 from seodang.softlabels.observed import entry_counts
-from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore
+from seodang.softlabels.shards import write_shard
+from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore, shard_name
 
-GROUP_ENTRIES = 1 << 20  # of a row group: some tens of megabytes of memory
+GROUP_ENTRIES = 1 << 20  # of a row group or shard: some tens of megabytes of memory
+_SUMMARISED = {"estimator", "parameters", "layout", "vocab_size"}
 
 _SCHEMA = pa.schema(
     [
@@ -64,10 +70,65 @@ def export(store: SoftLabelStore, out: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _groups(store: SoftLabelStore) -> Iterator[list[SoftLabelSequence]]:
+def export_documents(
+    store: SoftLabelStore,
+    documents: Set[str],
+    out: Path,
+    *,
+    sources: Iterable[Source] = (),
+    notes: Iterable[str] = (),
+) -> Artifact:
+    """The labels of these ``documents`` (ids) as a store of its own in ``out``.
+
+    It holds what ``store`` holds for them, and is read, verified and trained from like any other.
+    ``sources`` and ``notes`` are for its card. Equal input gives equal bytes.
+
+    Raises ``InputError`` if ``store`` has no label of any of them.
+    """
+    sequences = [sequence for sequence in store if sequence.document_id in documents]
+    if not sequences:
+        raise InputError(f"{store.path}: holds no label of these documents")
+    parent, sources = store.artifact, list(sources)
+    digests = "\n".join(sequence.digest for sequence in sequences)
+    inputs = {**parent.manifest.inputs, "store": parent.digest}
+    inputs["sequences"] = sha256_bytes(digests.encode())
+    draft = begin(out, "soft-labels", parent.manifest.config, inputs)
+    if isinstance(draft, Artifact):
+        return draft
+    size = 0
+    rows: list[int] = []
+    for group in _groups(sequences):
+        tokens = [TokenSequence(s.document_id, s.token_ids, s.labelled) for s in group]
+        file = draft.path / shard_name(len(rows))
+        write_shard(file, store.header, tokens, [_entries(sequence) for sequence in group])
+        size += file.stat().st_size
+        rows.append(len(group))
+    summary = {
+        **store.header.model_dump(include=_SUMMARISED),
+        "tokens": sum(len(sequence.labelled) for sequence in sequences),
+        "sequences": len(sequences),
+        "record_bytes": size,
+        "rows": rows,
+    }
+    card = data_card(store.header, summary, sources, list(notes))
+    write_atomically(draft.path / CARD, card.encode())
+    return draft.finish(sources=sources, summary=summary)
+
+
+def _entries(sequence: SoftLabelSequence) -> Entries:
+    return Entries(
+        counts=entry_counts(sequence),
+        ids=sequence.ids,
+        weights=sequence.weights.astype(np.float64),
+        head_mass=sequence.head_mass,
+        entropy=sequence.entropy,
+    )
+
+
+def _groups(sequences: Iterable[SoftLabelSequence]) -> Iterator[list[SoftLabelSequence]]:
     group: list[SoftLabelSequence] = []
     entries = 0
-    for sequence in store:
+    for sequence in sequences:
         group.append(sequence)
         entries += len(sequence.ids) + len(sequence.token_ids)
         if entries >= GROUP_ENTRIES:

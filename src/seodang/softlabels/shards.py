@@ -198,10 +198,10 @@ class Shard:
             elsewhere = {*_FLOATS, *(("token_ids", "record") if header.layout == "fast" else ())}
             table = file.read([n for n in SCHEMA.names if n not in elsewhere]).combine_chunks()
             self._names = table.select(["document_id", "sequence_digest"])
-            self.tokens = table["tokens"].to_numpy()
+            self.tokens = _values(table["tokens"])
             self.token_start = _starts(self.tokens)
             self._labelled, self.labelled_start = _list_values(table["labelled"])
-            self._checksums = table["checksum"].to_numpy()
+            self._checksums = _values(table["checksum"])
             counts = np.diff(self.labelled_start)
             self._everything = bool((self.tokens == counts).all())
             if self._everything:  # one range serves all rows
@@ -211,7 +211,7 @@ class Shard:
                 self._labelled = np.arange(self.tokens.max(initial=0), dtype=np.int32)
             if header.layout == "fast":
                 self._planes = Planes(header.vocab_size, len(header.levels()))
-                sizes = self._planes.entry_bytes * table["entries"].to_numpy() + 2 * counts
+                sizes = self._planes.entry_bytes * _values(table["entries"]) + 2 * counts
                 token_bytes = 4 * int(self.token_start[-1])
                 self._token_ids = self._page_end(footer, 0, token_bytes).view("<i4")
                 self._records = self._page_end(footer, 1, int(sizes.sum()) + 4 * len(sizes))
@@ -301,12 +301,22 @@ def _starts(sizes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
-def _list_values(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """The values of a list column, and where each row's begin (one more than rows)."""
+def _whole(column: pa.ChunkedArray) -> pa.Array:
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
-    return array.flatten().to_numpy(), array.offsets.to_numpy().astype(np.int64)
+    return array
+
+
+def _values(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """The values of a column of numbers; `to_numpy` would import pandas (40 MB) where it is."""
+    return np.from_dlpack(_whole(column))
+
+
+def _list_values(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of a list column, and where each row's begin (one more than rows)."""
+    array = _whole(column)
+    return np.from_dlpack(array.flatten()), np.from_dlpack(array.offsets).astype(np.int64)
 
 
 @contextmanager

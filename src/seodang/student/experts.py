@@ -167,7 +167,7 @@ def _matched(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
     The assignment with the largest sum of inner products (Git Re-Basin, arXiv 2209.04836).
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     agreement = (first.double() @ second.double().T).numpy()
     return second[torch.from_numpy(linear_sum_assignment(agreement, maximize=True)[1])]

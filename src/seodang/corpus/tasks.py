@@ -1,0 +1,201 @@
+"""Task files: the examples that a student learns a task from, or is measured on.
+
+A line is an example: the ``messages`` of the request, the ``answer`` of a right model, and what
+its kind of task needs beside them. A task's training side becomes documents of the corpus. Its
+held-out side is only measured, so no document that resembles an example of it may be trained on.
+
+Examples of one task share most of their words: an instruction, a list of categories. What tells
+them apart is what is left without the runs of three words that many of a language share; of a
+ranking task, whose held-out queries meet known passages, what all passages of a query share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from seodang.corpus.documents import Document, content_id, normalise
+from seodang.corpus.formats import File, names, read_records
+from seodang.corpus.split import words
+from seodang.errors import InputError
+from seodang.recipe import TaskConfig, TaskKind
+
+MAX_LINE = 1_000_000  # bytes
+TEMPLATE_SHARE = 0.3  # of the examples in a language: what more of them hold is their template
+TEMPLATE_EXAMPLES = 5
+
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class Turn(BaseModel):
+    """One message of a request."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: _Text
+
+
+class Example(BaseModel):
+    """One line of a task file; ``choices``, ``group`` and ``relevance`` as its kind needs them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: _Text
+    messages: list[Turn] = Field(min_length=1)
+    answer: _Text
+    choices: list[_Text] | None = None
+    language: Literal["ko", "en"]
+    group: _Text | None = None
+    relevance: int | None = Field(None, ge=0, le=3)
+    source: _Text
+    license: _Text
+    synthetic: bool
+
+    @property
+    def request(self) -> list[dict[str, str]]:
+        """The messages as chat templates take them."""
+        return [message.model_dump() for message in self.messages]
+
+    @property
+    def words(self) -> str:
+        """All words of the request and its answer."""
+        return "\n".join([*(message.content for message in self.messages), self.answer])
+
+
+def read_examples(path: Path, kind: TaskKind) -> list[Example]:
+    """The examples of one side of a task.
+
+    Raises ``InputError`` naming file, line and key for a line that is no example of this kind,
+    for an id that stands on two lines, and for a file without any.
+    """
+    if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"{path}: a task file is a .jsonl file, one example a line")
+    found: dict[str, Example] = {}
+    for record in read_records(File(path.name, str(path), lambda: path.open("rb")), None, MAX_LINE):
+        example = _example(record.value, record.where)
+        _check_kind(example, kind, record.where)
+        if example.id in found:
+            raise InputError(f"{record.where}: `id`: {example.id!r} stands on an earlier line too")
+        found[example.id] = example
+    if not found:
+        raise InputError(f"{path}: holds no example")
+    return list(found.values())
+
+
+def _example(value: Any, where: str) -> Example:
+    try:
+        return Example.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise InputError(
+                f"{where}: unknown key `{key}`; known: {names(Example.model_fields)}"
+            ) from None
+        message = "the key is missing" if first["type"] == "missing" else first["msg"]
+        raise InputError(f"{where}: {f'`{key}`: ' if key else ''}{message}") from None
+
+
+def _check_kind(example: Example, kind: TaskKind, where: str) -> None:
+    if example.messages[-1].role != "user":
+        raise InputError(f"{where}: `messages`: the last must be the user's")
+    choices = example.choices
+    if kind in ("choice", "ranking"):
+        if choices is None:
+            raise InputError(f"{where}: `choices`: a {kind} task needs them")
+        if len(set(choices)) != len(choices) or len(choices) < 2:
+            raise InputError(f"{where}: `choices`: wants at least two different ones")
+        if example.answer not in choices:
+            raise InputError(f"{where}: `answer`: {example.answer!r} is not one of `choices`")
+    elif choices is not None:
+        raise InputError(f"{where}: `choices`: belongs to choice and ranking tasks, not to {kind}")
+    if kind == "ranking":
+        if choices is not None and len(choices) != 2:
+            raise InputError(f"{where}: `choices`: a ranking task has two, the relevant one first")
+        for key in ("group", "relevance"):
+            if getattr(example, key) is None:
+                raise InputError(f"{where}: `{key}`: a ranking task needs it")
+    if kind == "json":
+        try:
+            json.loads(example.answer)
+        except ValueError as error:
+            raise InputError(f"{where}: `answer`: is not JSON: {error}") from None
+
+
+def task_documents(
+    task: TaskConfig,
+) -> tuple[list[Document], list[Document]]:
+    """The training examples as conversations, and the held-out ones, which nobody may train on.
+
+    ``compared`` of each document holds the words that tell it apart from the others of its task.
+    """
+    sides = {
+        side: [] if file is None else read_examples(Path(file), task.kind)
+        for side, file in (("train", task.train), ("held_out", task.held_out))
+    }
+    examples = [*sides["train"], *sides["held_out"]]
+    compared = distinctive(examples, grouped=task.kind == "ranking")
+    documents = [
+        _document(task, example, text) for example, text in zip(examples, compared, strict=True)
+    ]
+    return documents[: len(sides["train"])], documents[len(sides["train"]) :]
+
+
+def _document(task: TaskConfig, example: Example, compared: str) -> Document:
+    messages = [*example.request, {"role": "assistant", "content": example.answer}]
+    messages = [{**turn, "content": normalise(turn["content"])} for turn in messages]
+    return Document(
+        id=content_id({"messages": messages}),
+        source=example.source,
+        license=example.license,
+        origin=f"{task.name}#{example.id}",
+        messages=messages,
+        compared=compared,
+    )
+
+
+def distinctive(examples: Sequence[Example], *, grouped: bool) -> list[str]:
+    """The words of each example without what many share; ``grouped``: those of its whole group.
+
+    An example of which nothing is left keeps all of its words.
+    """
+    spoken = [words(example.words) for example in examples]
+    runs = [list(zip(text, text[1:], text[2:], strict=False)) for text in spoken]
+    # A long list of passages repeats its query, which is no template: there groups are counted.
+    groups = [str(example.group) if grouped else example.id for example in examples]
+    shared: dict[str, set[_Run]] = {}
+    holders: dict[_Run, set[str]] = defaultdict(set)
+    for group, found in zip(groups, runs, strict=True):
+        shared[group] = shared.get(group, set(found)) & set(found)
+        for run in found:
+            holders[run].add(group)
+    language = {group: e.language for group, e in zip(groups, examples, strict=True)}
+    number = Counter(language.values())
+    template: dict[str, set[_Run]] = defaultdict(set)
+    for run, where in holders.items():
+        for spoken_in, count in Counter(language[group] for group in where).items():
+            if count > max(TEMPLATE_EXAMPLES, TEMPLATE_SHARE * number[spoken_in]):
+                template[spoken_in].add(run)
+    kept = []
+    for group, text, found in zip(groups, spoken, runs, strict=True):
+        commonplace = template[language[group]]
+        own = _covered(text, found, shared[group] - commonplace) if grouped else []
+        common = set(_covered(text, found, commonplace))
+        own = own or [index for index in range(len(text)) if index not in common]
+        kept.append(" ".join(text[index] for index in own) or " ".join(text))
+    return kept
+
+
+_Run = tuple[str, str, str]
+
+
+def _covered(text: list[str], runs: Sequence[_Run], wanted: set[_Run]) -> list[int]:
+    """Where the words stand that a run of ``wanted`` covers, in rising order."""
+    places = {start + step for start, run in enumerate(runs) if run in wanted for step in range(3)}
+    return sorted(places)

@@ -1,0 +1,139 @@
+"""Tasks: held-out examples of one kind, and what a model may say to them.
+
+A task comes from a recipe, from a list of tasks in a file of its own, or from a single task file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seodang.artifact import canonical_json, sha256_bytes
+from seodang.corpus.tasks import Example, read_examples
+from seodang.errors import InputError
+from seodang.recipe import TaskConfig, TaskKind
+
+SPARE_TOKENS = 16  # an answer may be half as long again as the longest right one, and so much more
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples that a model is measured on.
+
+    ``schema`` is the JSON schema of the answers (kind json), ``refusal`` the answer where there is
+    nothing to answer from (kind answer). ``extract`` is a pattern whose last match in what a model
+    says is its answer, ``max_new_tokens`` how much it may say; both have a default.
+    """
+
+    name: str
+    kind: TaskKind
+    examples: Sequence[Example]
+    schema: dict[str, Any] | None = field(default=None, hash=False)
+    refusal: str | None = None
+    extract: str | None = None
+    max_new_tokens: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides a model's result."""
+        examples = [example.model_dump() for example in self.examples]
+        rest = [self.name, self.kind, self.schema, self.refusal, self.extract, self.max_new_tokens]
+        return sha256_bytes(canonical_json([*rest, examples]))
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages of the examples, in alphabetical order."""
+        return sorted({example.language for example in self.examples})
+
+    @property
+    def synthetic(self) -> int:
+        """How many examples are synthetic."""
+        return sum(example.synthetic for example in self.examples)
+
+
+def load_task(config: TaskConfig) -> Task:
+    """The held-out side of a recipe's task.
+
+    Raises ``InputError`` naming file, line and key for a file that is no task of this kind, a
+    JSON schema that is none, an answer that breaks it, and a refusal that no example expects.
+    """
+    file = Path(config.held_out)
+    task = Task(
+        name=config.name,
+        kind=config.kind,
+        examples=read_examples(file, config.kind),
+        schema=None if config.json_schema is None else _read_schema(Path(config.json_schema)),
+        refusal=config.refusal,
+    )
+    if task.schema is not None:
+        from seodang.evaluation.constrained import not_generable
+        from seodang.evaluation.structured import problem
+
+        for example in task.examples:
+            if wrong := problem(json.loads(example.answer), task.schema):
+                raise InputError(f"{file}: {example.id}: `answer`: breaks the schema: {wrong}")
+        if unable := not_generable(task.schema):
+            raise InputError(f"{config.json_schema}: no answer can be generated under it: {unable}")
+    return task
+
+
+def _read_schema(file: Path) -> dict[str, Any]:
+    from jsonschema import Draft202012Validator, SchemaError
+    from jsonschema.validators import validator_for
+
+    try:
+        schema = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise InputError(f"{file}: is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise InputError(f"{file}: a JSON schema is an object")
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        raise InputError(f"{file}: {error.json_path}: {error.message}") from None
+    return schema
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """The tasks that a file names: a recipe, a list of ``tasks`` (YAML), or one task file.
+
+    Of a foundation recipe they are its ``benchmarks``. What a task file alone holds is seen from
+    its keys: choices with a relevance are a ranking, choices a choice task, all else answers.
+    Raises ``InputError`` if there is no task in it, and as :func:`load_task` does.
+    """
+    if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        return [_task_of_file(path)]
+    from seodang.foundation.recipe import is_foundation_recipe, load_foundation_recipe
+    from seodang.recipe_file import load_recipe, load_task_list
+
+    if is_foundation_recipe(path):
+        from seodang.evaluation.standard import standard_tasks
+
+        found = standard_tasks(load_foundation_recipe(path).corpus.benchmarks)
+    else:
+        configs = load_task_list(path) or load_recipe(path).tasks
+        found = [load_task(config) for config in configs]
+    if not found:
+        raise InputError(f"{path}: names no task; add `tasks`, or name a task file (.jsonl)")
+    return found
+
+
+def _task_of_file(path: Path) -> Task:
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline()) if path.suffix == ".jsonl" else {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except ValueError:
+        first = {}
+    keys = first if isinstance(first, dict) else {}
+    kind: TaskKind = "answer"
+    if "choices" in keys:
+        kind = "ranking" if "relevance" in keys else "choice"
+    name = "".join(c if c.isalnum() or c in "_-" else "-" for c in path.name.split(".")[0])
+    return Task(name=name or "task", kind=kind, examples=read_examples(path, kind))
