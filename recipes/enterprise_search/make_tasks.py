@@ -1,0 +1,282 @@
+"""python recipes/enterprise_search/make_tasks.py --out runs/enterprise_search/tasks [--quick]
+
+Two tasks of a search over a company's documents, ``relevance`` and ``bank_relevance`` (ranking):
+does this passage answer this query? The queries and their answers are real: the keywords of
+LibreOffice's help index and the pages that they lead to (Korean and English), the search tags of
+PortOne's Korean documents; and, for the second task, which is held out only, what customers say
+first in tau2-bench's bank tasks and the documents that these need.
+
+A lexical search (`seodang.lexical_search`) finds the candidates. Of a held-out query they are what
+it finds, best first, so its own ranking is the order of the lines. ``TASK.first-stage.jsonl`` has
+its scores, and also the queries that it found no answer to: no ranking can mend those, and they are
+not in the task. Of a training query the right page is there even if the search misses it. No
+page answers queries of both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from selectolax.lexbor import LexborHTMLParser
+
+from seodang.corpus.task_writing import Language, example, open_packages, write_task
+from seodang.corpus.tasks import Example
+from seodang.lexical_search import LexicalIndex, best_window, letter_pairs
+from seodang.packages import Package
+
+HERE = Path(__file__).parent
+HELP = "usr/share/libreoffice/help/"
+BANK = "inspect_evals/tau2/data/domains/banking_knowledge/"
+DEPTH = 10  # candidates of a query
+WRONG = 3  # of them, that a training query is shown beside its answers
+SHOWN = {"ko": 120, "en": 200}  # characters of a passage that a model reads
+INDEXED = 4000  # characters of a page that the lexical search reads
+ASKED = {
+    "ko": ("이 문서가 검색어에 맞는 답인가요?", ["예", "아니요"]),
+    "en": ("Does the passage answer the query?", ["yes", "no"]),
+}
+
+
+@dataclass
+class Collection:
+    """Documents of one origin: their titles and texts, and the queries that lead to them."""
+
+    name: str
+    language: Language
+    source: str
+    license: str
+    pages: dict[str, tuple[str, str]] = field(default_factory=dict)
+    answers: dict[str, set[str]] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Write the tasks, and what the lexical search made of their held-out sides."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="a fifth of it all")
+    options = parser.parse_args()
+    share = 5 if options.quick else 1
+    packages = open_packages(HERE / "packages.yaml")
+    tasks = {
+        "relevance": [
+            (libreoffice(packages["libreoffice-help-ko"], "ko"), 480, 130),
+            (portone(packages["portone-mcp-server"]), 320, 100),
+            (libreoffice(packages["libreoffice-help-en-us"], "en"), 700, 180),
+        ],
+        "bank_relevance": [(bank(packages["inspect_evals"]), 0, 90)],
+    }
+    for name, collections in tasks.items():
+        train: list[Example] = []
+        held_out: list[Example] = []
+        rankings: list[dict[str, Any]] = []
+        for collection, of_train, of_held_out in collections:
+            if options.quick:
+                thin_out(collection, share)
+            texts = {
+                p: f"{title}\n{text[:INDEXED]}" for p, (title, text) in collection.pages.items()
+            }
+            index = LexicalIndex(texts, collection.language)
+            learned, measured = split_queries(collection, of_train // share, of_held_out // share)
+            draw = random.Random(collection.name)
+            for query in learned:
+                train += training_list(collection, index, query, draw)
+            for query in measured:
+                pairs, ranking = held_out_list(collection, index, query)
+                held_out += pairs
+                rankings.append(ranking)
+        write_task(options.out, name, train, held_out)
+        lines = (json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
+        (options.out / f"{name}.first-stage.jsonl").write_text("".join(lines), "utf-8")
+
+
+def libreoffice(package: Package, language: Language) -> Collection:
+    """The help pages of LibreOffice that its index of keywords leads to."""
+    folder = {"ko": "ko", "en": "en-US"}[language]
+    collection = Collection(
+        f"LibreOffice help ({language})",
+        language,
+        "LibreOffice 7.4 help (The Document Foundation), Debian 4:7.4.7-1+deb12u14",
+        "MPL-2.0",
+    )
+    marks = package.read(f"{HELP}{folder}/bookmarks.js").decode()
+    leads: dict[str, set[str]] = defaultdict(set)
+    for page, text in re.findall(r'\{url:"([^"?#]+)[^"]*", app:"\w+", text:"([^"]+)"\}', marks):
+        keyword = " ".join(text.replace("--", " ").split())
+        if len(keyword) > 3 and (language == "en" or re.search("[가-힣]{2}", keyword)):
+            leads[keyword].add(page)
+    for page in sorted(set().union(*leads.values())):
+        if HELP + page not in package.sizes:
+            continue
+        html = LexborHTMLParser(package.read(HELP + page).decode())
+        title, body = html.css_first("title"), html.css_first("#DisplayArea")
+        assert title
+        assert body
+        heading = " ".join(title.text().split())
+        text = " ".join(body.text(separator=" ").split()).removeprefix(heading).strip()
+        hangul = len(re.findall("[가-힣]", text))
+        if len(text) > 60 and (language == "en" or hangul > 0.3 * len(text)):
+            collection.pages[page] = heading, text
+    _keep_answers(collection, leads)
+    return collection
+
+
+def portone(package: Package) -> Collection:
+    """PortOne's help centre, found by the search tags that its documents carry."""
+    collection = Collection(
+        "PortOne help", "ko", "PortOne documentation, portone-mcp-server 0.12.1", "Apache-2.0"
+    )
+    leads: dict[str, set[str]] = defaultdict(set)
+    for name in package.matching("*/resources/docs/help/*.md"):
+        _, head, text = package.read(name).decode().split("---\n", 2)
+        about = yaml.safe_load(head)
+        page = name.split("/docs/")[1]
+        text = re.sub(r"<[^>]*>|\]\([^)]*\)|[#*\\>\[\]|]", " ", text)
+        collection.pages[page] = str(about["title"]), " ".join(text.split())
+        for tag in about.get("searchTags") or []:
+            if len(str(tag).strip()) > 1:
+                leads[" ".join(str(tag).split())].add(page)
+    # What leads to many documents, such as "update", is no question.
+    _keep_answers(collection, {tag: pages for tag, pages in leads.items() if len(pages) <= 3})
+    return collection
+
+
+def bank(package: Package) -> Collection:
+    """The bank's documents; what a customer says first, with the documents that the task needs."""
+    collection = Collection(
+        "tau2 bank", "en", "tau2-bench banking_knowledge (Sierra), inspect_evals 0.26.0", "MIT"
+    )
+    for record in json.loads(gzip.decompress(package.read(BANK + "documents.json.gz"))):
+        text = " ".join(re.sub(r"[#*|]|-{3,}", " ", record["content"]).split())
+        collection.pages[record["id"]] = record["title"], text
+    leads: dict[str, set[str]] = defaultdict(set)
+    for task in json.loads(package.read(BANK + "tasks.json")):
+        script = task["user_scenario"]["instructions"]
+        opening = re.search(r'[Ss]tart[^"\n]{0,60}"([^"\n]{40,})"', script)
+        situation = re.search(r"\*\*Your (?:situation|goal)[^*]*\*\*\s*(.+)", script)
+        wish = re.search(
+            r"(You(?:'re| are| want)? (?:looking|planning|to|received|have).+)", script
+        )
+        if said := opening or situation or wish:
+            leads[" ".join(said[1].split())[:300]] |= set(task["required_documents"])
+    _keep_answers(collection, leads)
+    return collection
+
+
+def _keep_answers(collection: Collection, leads: dict[str, set[str]]) -> None:
+    """The queries that lead to pages of the collection."""
+    for query, pages in sorted(leads.items()):
+        if there := pages & collection.pages.keys():
+            collection.answers[query] = there
+
+
+def thin_out(collection: Collection, share: int) -> None:
+    """Leave every ``share``-th page, and the queries that lead to those alone."""
+    collection.pages = dict(list(collection.pages.items())[::share])
+    leads, collection.answers = collection.answers, {}
+    _keep_answers(collection, leads)
+
+
+def split_queries(
+    collection: Collection, of_train: int, of_held_out: int
+) -> tuple[list[str], list[str]]:
+    """Queries to train on and to measure; no page answers queries of both, and none are alike."""
+    draw = random.Random(collection.name)
+    pages = sorted(collection.pages)
+    aside = set(draw.sample(pages, len(pages) // 4 if of_train else len(pages)))
+    learned, measured = [], []
+    for query in draw.sample(sorted(collection.answers), len(collection.answers)):
+        answers = collection.answers[query]
+        if answers <= aside:
+            measured.append(query)
+        elif not answers & aside:
+            learned.append(query)
+    measured = measured[:of_held_out]
+    likened = [letter_pairs(query) for query in measured]
+    return [
+        query
+        for query in learned
+        if not any(_alike(letter_pairs(query), other) for other in likened)
+    ][:of_train], measured
+
+
+def _alike(one: set[str], other: set[str]) -> bool:
+    """Whether two queries share more than two thirds of their pairs of letters (Jaccard)."""
+    return 3 * len(one & other) > 2 * len(one | other)
+
+
+def training_list(
+    collection: Collection, index: LexicalIndex, query: str, draw: random.Random
+) -> Iterator[Example]:
+    """The query's pages, and some of those that the search takes for right."""
+    scores = dict(index.search(query, len(collection.pages)))
+    answers = sorted(collection.answers[query])[:3]
+    wrong = [page for page in list(scores)[:DEPTH] if page not in collection.answers[query]]
+    listed = answers + draw.sample(wrong, min(WRONG, len(wrong)))
+    draw.shuffle(listed)
+    best = max(scores.values(), default=1.0)
+    for page in listed:
+        yield _pair(collection, query, page, scores.get(page, 0.0) / best)
+
+
+def held_out_list(
+    collection: Collection, index: LexicalIndex, query: str
+) -> tuple[list[Example], dict[str, Any]]:
+    """What the search finds, best first (nothing, if no answer is there), and its ranking."""
+    hits = index.search(query, DEPTH)
+    pairs = [_pair(collection, query, page, score / hits[0][1]) for page, score in hits]
+    ranking = {
+        "group": _group(collection, query),
+        "language": collection.language,
+        "relevant": len(collection.answers[query]),
+        "ids": [pair.id for pair in pairs],
+        "scores": [round(score, 4) for _, score in hits],
+        "relevance": [pair.relevance for pair in pairs],
+    }
+    return (pairs if any(pair.relevance for pair in pairs) else []), ranking
+
+
+def _group(collection: Collection, query: str) -> str:
+    return f"{collection.name}: {query}"
+
+
+def _pair(collection: Collection, query: str, page: str, match: float) -> Example:
+    """A query and a passage: the page's title and the part that has most of the query.
+
+    ``match`` is the lexical score as a share of the best page's, told in words as Askari et al.
+    (2023, "Injecting the BM25 Score as Text Improves BERT-Based Re-rankers") do.
+    """
+    title, text = collection.pages[page]
+    question, choices = ASKED[collection.language]
+    labels = {"ko": ("검색어", "일치", "문서"), "en": ("Query", "Match", "Passage")}[
+        collection.language
+    ]
+    shown = best_window(text[:INDEXED], query, SHOWN[collection.language])
+    relevant = page in collection.answers[query]
+    return example(
+        f"{labels[0]}: {query}\n{labels[1]}: {match:.0%}\n{labels[2]}: {title}. {shown}",
+        choices[0] if relevant else choices[1],
+        language=collection.language,
+        system=question,
+        choices=choices,
+        group=_group(collection, query),
+        relevance=int(relevant),
+        source=collection.source,
+        license=collection.license,
+        synthetic=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
