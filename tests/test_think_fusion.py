@@ -23,7 +23,12 @@ from seodang.corpus.sequences import UNOBSERVED
 from seodang.errors import InputError
 from seodang.foundation.post_training import modes
 from seodang.foundation.post_training.config import PolicyConfig
-from seodang.foundation.post_training.fine_tuning import batch_order, example, prompt
+from seodang.foundation.post_training.fine_tuning import (
+    batch_order,
+    completion_loss,
+    example,
+    prompt,
+)
 from seodang.foundation.post_training.policy_optimization import optimize_policy, reward_functions
 from seodang.foundation.post_training.problem import MODES
 from seodang.foundation.post_training.reasoning_data import (
@@ -94,13 +99,27 @@ def test_the_merge_is_of_the_two_fine_tunings(done: PostTrained) -> None:
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_the_loss_is_that_of_the_completions_alone(base: Artifact) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(base.path)
+    ids = torch.randint(10, 400, (3, 12), generator=torch.Generator().manual_seed(1))
+    labels, attention_mask = ids.clone(), torch.ones_like(ids)
+    for row, (asked, length) in enumerate(((4, 12), (7, 9), (1, 5))):
+        labels[row, :asked] = labels[row, length:] = UNOBSERVED
+        attention_mask[row, length:] = 0
+    loss = completion_loss(model, ids, labels, attention_mask)
+    expected = model(input_ids=ids, attention_mask=attention_mask, labels=labels).loss
+    torch.testing.assert_close(loss, expected)
+    other = completion_loss(model, ids.where(attention_mask.bool(), 5), labels, attention_mask)
+    torch.testing.assert_close(loss, other)
+
+
 def test_fine_tuning_learns(done: PostTrained) -> None:
     """Far from well in so few steps, but each of the two its own kind of answer better."""
     lengths = [done.measured[step].manifest.summary for step in ("instruct", "reasoning")]
     assert all(summary["think"]["prompts"] == TINY.held_out for summary in lengths)
     log = (done.models["reasoning"].path / "training.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in log]
-    assert len(losses) == TINY.problems / TINY.fine_tuning.batch_sequences
+    assert len(losses) == TINY.problems / TINY.reasoning.batch_sequences
     assert losses[-1] < losses[0]
 
 

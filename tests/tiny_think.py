@@ -23,7 +23,8 @@ TINY = PostTrainingConfig(
     problems=16,
     overlap_problems=8,
     held_out=6,
-    fine_tuning=FineTuningConfig(batch_sequences=4),
+    instruct=FineTuningConfig(batch_sequences=4),
+    reasoning=FineTuningConfig(batch_sequences=4),
     overlap=FineTuningConfig(batch_sequences=8),
     policy=PolicyConfig(rounds=3, instructions=2, answers=4, checkpoint_rounds=1),
     max_new_tokens=8,
@@ -89,7 +90,7 @@ def tiny_answering(base: Artifact, data: Artifact, out: Path) -> Artifact:
 
 def tiny_tuning(base: Artifact, data: Artifact, out: Path) -> Artifact:
     """Fine-tuning in both modes: 8 steps."""
-    return fine_tune(TINY, TINY.fine_tuning, base, data, "train", MODES, out)
+    return fine_tune(TINY, TINY.instruct, base, data, "train", MODES, out)
 
 
 def tiny_policy(base: Artifact, data: Artifact, out: Path) -> Artifact:

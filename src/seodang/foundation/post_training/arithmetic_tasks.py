@@ -111,7 +111,7 @@ def word_legs(entry: dict[str, Any], language: Language, variant: int) -> Worded
     named = {animal: _count(animal, number, language) for animal, number in animals.items()}
     products = [number * ANIMALS[animal][1] for animal, number in animals.items()]
     thoughts = [
-        f"{named[animal]}: {number}*{ANIMALS[animal][1]}={product}"
+        f"{number}*{ANIMALS[animal][1]}={product}"
         for (animal, number), product in zip(animals.items(), products, strict=True)
     ]
     sums = pairwise(accumulate(products))

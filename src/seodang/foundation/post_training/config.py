@@ -11,7 +11,7 @@ class FineTuningConfig(Section):
     """Supervised fine-tuning on the answers of generated problems."""
 
     epochs: int = Field(1, gt=0, description="times that every problem is seen")
-    batch_sequences: int = Field(32, gt=0, description="answers of one optimizer step")
+    batch_sequences: int = Field(16, gt=0, description="answers of one optimizer step")
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
 
 
@@ -37,7 +37,8 @@ class PostTrainingConfig(Section):
         2000, gt=0, description="further ones, answered in both modes after the merge"
     )
     held_out: int = Field(500, gt=0, description="generated problems that only measure")
-    fine_tuning: FineTuningConfig = FineTuningConfig()
+    instruct: FineTuningConfig = FineTuningConfig()
+    reasoning: FineTuningConfig = FineTuningConfig()
     reasoning_weight: float = Field(
         0.8, ge=0, le=1, description="of the Reasoning model in the merge; the rest is Instruct"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from seodang.artifact import Artifact, begin
 from seodang.causal_lm import copy_tokenizer
@@ -58,6 +59,13 @@ def fine_tune(
         from datasets import Dataset
         from trl.trainer.sft_config import SFTConfig
         from trl.trainer.sft_trainer import SFTTrainer
+
+    class Tuner(SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
+        ) -> torch.Tensor:
+            return completion_loss(model, **inputs)
+
     loaded = load(model, draft.path)
     problems = read_problems(data, split)
     examples = [example(p, mode, loaded.tokenizer) for p in problems for mode in modes]
@@ -77,7 +85,7 @@ def fine_tune(
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = SFTTrainer(
+    trainer = Tuner(
         model=loaded.model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -86,6 +94,23 @@ def fine_tune(
     fit(trainer, loaded, draft, f"Fine-tuning ({', '.join(modes)})", steps)
     copy_tokenizer(model.path, draft.path)
     return finish(draft, data, {"problems": len(problems), "examples": len(examples)})
+
+
+def completion_loss(
+    model: Any,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """Mean negative log-likelihood of the labelled tokens; all arguments (sequences, tokens).
+
+    What TRL computes; but without a GPU it computes the logits of prompts and padding as well.
+    """
+    found = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    labelled = labels[:, 1:] != UNOBSERVED
+    logits_NV = model.get_output_embeddings()(found.last_hidden_state[:, :-1][labelled])
+    return torch.nn.functional.cross_entropy(logits_NV, labels[:, 1:][labelled])
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: list[int]) -> list[int]:

@@ -48,10 +48,10 @@ _AIW = {
     ),
 }
 _AIW_THOUGHTS = {
-    ("siblings", "ko"): "여자 형제 {women}명과 {name} 자신: {women}+1={answer}",
-    ("siblings", "en"): "the {women} sisters and {name} herself: {women}+1={answer}",
-    ("friends", "ko"): "여학생 친구 {women}명과 {name} 자신: {women}+1={answer}",
-    ("friends", "en"): "the {women} girls and {name} herself: {women}+1={answer}",
+    ("siblings", "ko"): "여자 형제 {women}명과 자신: {women}+1={answer}",
+    ("siblings", "en"): "the {women} sisters and herself: {women}+1={answer}",
+    ("friends", "ko"): "여학생 친구 {women}명과 자신: {women}+1={answer}",
+    ("friends", "en"): "the {women} girls and herself: {women}+1={answer}",
 }
 
 _ISLAND = {

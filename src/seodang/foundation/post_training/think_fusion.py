@@ -59,9 +59,12 @@ def post_train(config: PostTrainingConfig, base: Artifact, stage: Stages) -> Pos
     """
     data = stage("data", partial(build_reasoning_data, config))
     models: dict[str, Artifact] = {}
-    on_one_mode = partial(fine_tune, config, config.fine_tuning, base, data, "train")
-    models["instruct"] = stage("instruct", partial(on_one_mode, ["instant"]))
-    models["reasoning"] = stage("reasoning", partial(on_one_mode, ["think"]))
+    models["instruct"] = stage(
+        "instruct", partial(fine_tune, config, config.instruct, base, data, "train", ["instant"])
+    )
+    models["reasoning"] = stage(
+        "reasoning", partial(fine_tune, config, config.reasoning, base, data, "train", ["think"])
+    )
     models["merged"] = stage(
         "merged", partial(merge, config, models["reasoning"], models["instruct"])
     )
