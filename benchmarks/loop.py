@@ -27,6 +27,7 @@ from seodang.student.plan import plan_steps
 from seodang.student.start import build_start, choose_start
 from seodang.teacher.local import teacher_directory
 from seodang.training.attention import use_packed_attention
+from seodang.training.gated_mlp import use_lean_mlps
 from seodang.training.log import SPEED, read_rows
 from seodang.training.loop import Plan, run
 from seodang.training.parallel import Processes
@@ -60,7 +61,11 @@ def main() -> None:
         model = build_start(teacher, config, choice).train()
         use_packed_attention(model)
         use_fast_products(model)
-        return training.Distillation(model, config, "soft-labels", store.estimator == "residual")
+        use_lean_mlps(model)
+        residual = store.estimator == "residual"
+        module = training.Distillation(model, config, "soft-labels", residual)
+        module.accumulate_head_gradient = True
+        return module
 
     def adamw(module: training.Distillation) -> torch.optim.AdamW:
         return torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
@@ -73,7 +78,7 @@ def main() -> None:
         for batch, labelled in zip(ready, plan.labelled, strict=True):
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            (module(batch).total / labelled).backward()
+            module(batch, 1 / labelled).total.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             seconds.append(time.perf_counter() - started)

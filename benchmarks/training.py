@@ -59,7 +59,7 @@ class FullDistillation(torch.nn.Module):
         self.model = model
         self.teacher = [teacher]  # in a list, so that it is not trained
 
-    def forward(self, batch: Pack) -> LossTerms:
+    def forward(self, batch: Pack, scale: float = 1.0) -> LossTerms:
         (teacher,) = self.teacher
         hidden_NH = hidden_states(self.model, batch)
         with torch.no_grad():
@@ -70,7 +70,7 @@ class FullDistillation(torch.nn.Module):
             p = torch.softmax(reference @ reference_head.T, -1)
             return -(p * torch.log_softmax(rows @ head.T, -1)).sum()
 
-        total = sum(
+        total = scale * sum(
             checkpoint(loss, hidden_NH[part], head, reference_NH[part], use_reentrant=False)
             for part in row_chunks(len(batch.rows), head.shape[0])
         )

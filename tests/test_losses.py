@@ -42,6 +42,42 @@ def test_without_onednn_the_same(problem):
         torch.backends.mkldnn.enabled = before
 
 
+@pytest.mark.parametrize("kind", ["cross-entropy", "residual"])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), rows=st.integers(1, 40))
+def test_a_scale_and_a_place_for_the_head_gradient_change_no_gradient(kind, data, rows):
+    problem = data.draw(problems(partition=kind == "residual"))
+
+    def loss(hidden, head, bias):
+        head.grad = torch.zeros_like(head)
+        total = sparse_kd_terms(
+            hidden, head, **problem.labels(), bias=bias, residual=kind == "residual",
+            scale=3.0, head_gradient=head.grad,
+        ).total  # fmt: skip
+        return total / 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_pass, "CHUNK_BYTES", rows * 4 * len(problem.head))
+        compare(problem, kind, loss, torch.float64, 1e-9, upstream=3.0)
+
+
+def test_the_head_gradient_is_added_to_what_is_there_without_a_second_tensor():
+    hidden, head, *labels = many_rows()
+    _, grad_hidden, grad_head = gradients(
+        lambda x, w: dense_total(x, w, *labels), hidden, head, torch.float64
+    )
+    x, w = hidden.float().requires_grad_(), head.float().requires_grad_()
+    before = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    there = before.clone()
+    with Allocations(x, w, there, *labels) as allocations:
+        total = sparse_kd_terms(x, w, *labels, scale=0.5, head_gradient=there).total
+        total.backward()
+    assert relative_error(2 * (there - before), grad_head) < 1e-3  # before is rounded
+    assert relative_error(2 * x.grad, grad_hidden) < 1e-5
+    assert w.grad is None
+    assert 0 < allocations.largest < w.nbytes
+
+
 def many_rows(n=300, v=5000, h=64, k=12, seed=0):
     """A larger problem, with distinct ids: (hidden, head, offsets, ids, weights), float64."""
     g = torch.Generator().manual_seed(seed)
@@ -210,10 +246,14 @@ def test_terms_add_up_and_need_no_gradients():
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the storages that PyTorch's operations made and that are alive, and their peak."""
+    """Bytes of the storages that PyTorch's operations saw and that are alive, and their peak.
 
-    def __init__(self):
+    ``largest`` is that of one beside ``inputs``.
+    """
+
+    def __init__(self, *inputs):
         super().__init__()
+        self.inputs = {tensor.untyped_storage()._cdata for tensor in inputs}
         self.live, self.peak, self.largest = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -224,6 +264,8 @@ class Allocations(TorchDispatchMode):
                 key = storage._cdata
                 if key not in self.live:
                     self.live[key] = storage.nbytes()
+                    if key not in self.inputs:
+                        self.largest = max(self.largest, storage.nbytes())
                     weakref.finalize(storage, self.live.pop, key, None)
         self.peak = max(self.peak, sum(self.live.values()))
         return found

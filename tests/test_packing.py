@@ -111,6 +111,29 @@ def test_gradients_of_a_pack_are_those_of_its_sequences(store, teacher):
         torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_gradient_accumulates_as_autograd_has_it(store, tmp_path, tied):
+    """In the forward pass, with the rows of a tied embedding, over two packs."""
+    directory = tiny_teacher(tmp_path, tie_embeddings=tied)
+    gradients = []
+    for in_place in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(directory).train()
+        use_packed_attention(model)
+        module = distillation(model)
+        if in_place:
+            module.accumulate_head_gradient = True
+            assert model.get_input_embeddings().sparse == tied
+            for batch in ([0, 3], [5]):
+                module(pack([store[i] for i in batch]), 0.25).total.backward()
+        else:
+            model.get_input_embeddings().sparse = False
+            total = sum(module(pack([store[i] for i in b])).total for b in ([0, 3], [5]))
+            (0.25 * total).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_gradient_checkpointing_changes_nothing(store, teacher):
     gradients = []
     for checkpointing in (False, True):

@@ -1,10 +1,15 @@
 """Products through oneDNN: the values and gradients of ``torch.nn.Linear``, at any shape."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from seodang.training.gated_mlp import use_lean_mlps
 from seodang.training.products import linear, use_fast_products
 
 SIZE = st.integers(1, 70)
@@ -44,6 +49,58 @@ def test_a_layer_trains_as_before(leading, inner, outer, with_bias):
     ]
     for expected, found in pairs:
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def gated_mlp(hidden, inner, bias=False, **changes):
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "mlp_bias": bias}
+    return LlamaMLP(LlamaConfig(num_attention_heads=1, head_dim=2, **shape, **changes))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), SIZE, SIZE, st.booleans())
+def test_a_gated_mlp_trains_as_before(leading, hidden, inner, with_bias):
+    lean = gated_mlp(hidden, inner, with_bias)
+    plain = copy.deepcopy(lean).double()
+    use_lean_mlps(lean)
+    x = torch.randn(*leading, hidden, dtype=torch.float64, requires_grad=True)
+    y = x.detach().float().requires_grad_()
+    upstream = torch.randn(*leading, hidden, dtype=torch.float64)
+    expected, found = plain(x), lean(y)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    expected.backward(upstream)
+    found.backward(upstream.float())
+    torch.testing.assert_close(y.grad.double(), x.grad, rtol=1e-4, atol=1e-4)
+    for p, q in zip(plain.parameters(), lean.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.double(), p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gated_mlp_keeps_two_activations_of_the_inner_width():
+    def kept(mlp):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.shape[-1]) or tensor, lambda tensor: tensor
+        ):
+            mlp(torch.randn(5, 4, requires_grad=True))
+        return sizes.count(33)
+
+    mlp = gated_mlp(4, 33)
+    use_fast_products(mlp)
+    usual = kept(mlp)
+    use_lean_mlps(mlp)
+    assert kept(mlp) < usual - 1
+
+
+@pytest.mark.parametrize("kind", ["gelu", "autocast", "another class"])
+def test_other_mlps_go_the_usual_way(kind):
+    mlp = gated_mlp(6, 8, hidden_act="gelu" if kind == "gelu" else "silu")
+    if kind == "another class":
+        mlp.__class__ = type("AnotherMLP", (LlamaMLP,), {})
+    other, x = copy.deepcopy(mlp), torch.randn(3, 6)
+    use_lean_mlps(mlp)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        found, expected = mlp(x), other(x)
+    assert "_GatedProduct" not in found.grad_fn.name()
+    assert torch.equal(found, expected)
 
 
 def test_only_what_needs_a_gradient_gets_one():

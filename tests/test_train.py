@@ -58,11 +58,11 @@ def calls_before(monkeypatch, happening):
     """Call ``happening(number)`` before the loss of every pack."""
     forward, number = Distillation.forward, 0
 
-    def watched(self, batch):
+    def watched(self, batch, scale):
         nonlocal number
         number += 1
         happening(number)
-        return forward(self, batch)
+        return forward(self, batch, scale)
 
     monkeypatch.setattr(Distillation, "forward", watched)
 
@@ -74,9 +74,9 @@ def test_residual_labels_are_trained_with_their_own_loss(teacher, tmp_path, monk
     used = []
     forward = Distillation.forward
 
-    def watched(self, batch):
+    def watched(self, batch, scale):
         used.append(self.residual)
-        return forward(self, batch)
+        return forward(self, batch, scale)
 
     monkeypatch.setattr(Distillation, "forward", watched)
     train(SoftLabelStore(artifact), teacher, CONFIG, tmp_path / "s")
@@ -222,11 +222,15 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(store, teacher, tmp_
     assert checkpoint.load(tmp_path, module, [optimizer], ALONE) == 2
 
 
-@pytest.mark.parametrize("pack_tokens", [17, 40, 64])
+@pytest.mark.parametrize("pack_tokens", [17, 40, 64, None])
 def test_gradient_accumulation_equals_the_large_batch(
-    teacher, store, undisturbed, tmp_path, pack_tokens
+    teacher, store, undisturbed, tmp_path, monkeypatch, pack_tokens
 ):
+    packs = []
+    calls_before(monkeypatch, packs.append)
+    monkeypatch.setattr("seodang.student.train.CPU_PACK_TOKENS", 48)  # what None means on a CPU
     small = train(store, teacher, changed(micro_batch_tokens=pack_tokens), tmp_path / "s")
+    assert len(packs) > 1.2 * len(read_rows(small.path / LOG))
     for row, expected in zip(
         read_rows(small.path / LOG), read_rows(undisturbed.path / LOG), strict=True
     ):

@@ -289,7 +289,9 @@ class TrainingConfig(Section):
 
     batch_tokens: int = Field(1024, gt=0, description="tokens of one optimizer step, about")
     micro_batch_tokens: int | None = Field(
-        None, gt=0, description="tokens of one forward pass, about (default: the whole batch)"
+        None,
+        gt=0,
+        description="tokens of a forward pass, about (default: 512 on a CPU, else the whole batch)",
     )
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
     schedule: Literal["cosine", "wsd"] = Field(

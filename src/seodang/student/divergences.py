@@ -29,6 +29,8 @@ def sparse_divergence_terms(
     cross_entropy_weight: float = 0.0,
     bias: torch.Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
+    scale: float = 1.0,
+    head_gradient: torch.Tensor | None = None,
 ) -> LossTerms:
     """A divergence of the student from the teacher, on the stored ids and the bucket of the rest.
 
@@ -46,6 +48,8 @@ def sparse_divergence_terms(
         cross_entropy_weight: factor of the cross-entropy term.
         bias: (V,) output bias.
         reduction: "mean" over the N positions, or "sum".
+        scale: factor of all terms.
+        head_gradient: as of :func:`seodang.student.losses.sparse_kd_terms`.
 
     Returns:
         The terms in nats; ``total`` is differentiable in ``hidden``, ``head`` and ``bias``. A
@@ -67,6 +71,8 @@ def sparse_divergence_terms(
         cross_entropy_weight=cross_entropy_weight,
         bias=bias,
         reduction=reduction,
+        scale=scale,
+        head_gradient=head_gradient,
     )
 
 

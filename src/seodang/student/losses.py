@@ -108,8 +108,16 @@ def sparse_kd_terms(
     bias: torch.Tensor | None = None,
     residual: bool = False,
     reduction: Literal["mean", "sum"] = "mean",
+    scale: float = 1.0,
+    head_gradient: torch.Tensor | None = None,
 ) -> LossTerms:
-    """As :func:`sparse_kd_loss`, with the value of each term beside the total."""
+    """As :func:`sparse_kd_loss`, with the value of each term beside the total, for training.
+
+    All terms are multiplied by ``scale``: known before the pass, it costs no further one over the
+    gradients. The gradient of ``head`` is added to ``head_gradient`` (V, H) by this very call if it
+    is given (float32, or float64 for float64 hidden states), and is then not autograd's business;
+    so no second tensor of that size is needed to accumulate gradients.
+    """
     return divergence_terms(
         RESIDUAL if residual else CROSS_ENTROPY,
         hidden,
@@ -121,6 +129,8 @@ def sparse_kd_terms(
         cross_entropy_weight=cross_entropy_weight,
         bias=bias,
         reduction=reduction,
+        scale=scale,
+        head_gradient=head_gradient,
     )
 
 
@@ -136,8 +146,10 @@ def divergence_terms(
     cross_entropy_weight: float,
     bias: torch.Tensor | None,
     reduction: Literal["mean", "sum"],
+    scale: float,
+    head_gradient: torch.Tensor | None,
 ) -> LossTerms:
-    """Any :class:`Divergence`; the arguments are those of :func:`sparse_kd_loss`."""
+    """Any :class:`Divergence`; the arguments are those of :func:`sparse_kd_terms`."""
     n = hidden.shape[0]
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and head {tuple(head.shape)} do not fit")
@@ -153,7 +165,8 @@ def divergence_terms(
         raise ValueError(f"targets {tuple(targets.shape)} for {n} positions")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r}: use 'mean' or 'sum'")
-    scale = 1.0 / max(1, n) if reduction == "mean" else 1.0
+    if reduction == "mean":
+        scale /= max(1, n)
 
     counts_N = offsets.diff() > 0
     if targets is not None:
@@ -165,8 +178,9 @@ def divergence_terms(
         targets = targets if targets is None else targets.index_select(0, rows)
     total, distillation, cross_entropy = _OnePass.apply(  # type: ignore[no-untyped-call]
         hidden,
-        head,
+        head if head_gradient is None else head.detach(),
         bias,
+        head_gradient,
         divergence,
         Labels(offsets, ids.long(), weights, targets, cross_entropy_weight),
         scale,
@@ -181,6 +195,7 @@ class _OnePass(torch.autograd.Function):
         hidden_NH: torch.Tensor,
         head_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
+        head_gradient_VH: torch.Tensor | None,
         divergence: Divergence,
         labels: Labels,
         scale: float,
@@ -192,19 +207,17 @@ class _OnePass(torch.autograd.Function):
             torch.empty_like(hidden_NH, memory_format=torch.contiguous_format)
             if wants_hidden
             else None,
-            torch.empty_like(head_VH, dtype=sums, memory_format=torch.contiguous_format)
+            torch.zeros_like(head_VH, dtype=sums, memory_format=torch.contiguous_format)
             if wants_head
-            else None,
+            else head_gradient_VH,
             torch.zeros_like(bias_V, dtype=sums) if bias_V is not None and wants_bias else None,
         )
-        if gradients.head is not None and not len(hidden_NH):
-            gradients.head.zero_()
         with torch.autocast(hidden_NH.device.type, enabled=False):
             on_gpu = triton_kd.fits(hidden_NH, labels.ids)
             distillation, cross_entropy = (triton_kd if on_gpu else one_pass).run(
                 divergence, hidden_NH, head_VH, bias_V, labels, scale, gradients
             )
-        ctx.gradients = gradients
+        ctx.gradients = gradients if wants_head else gradients._replace(head=None)
         ctx.dtypes = (
             hidden_NH.dtype,
             head_VH.dtype,
@@ -229,4 +242,4 @@ class _OnePass(torch.autograd.Function):
         return *(
             gradient if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(found, ctx.dtypes, strict=True)
-        ), *[None] * 3
+        ), *[None] * 4

@@ -27,7 +27,7 @@ from seodang.training.products import linear
 
 CHUNK_BYTES = 80 * 2**20  # of one chunk of exponentials, however many rows there are
 CHUNK_SHARE = 0.102  # of (N, V) in float32 that a chunk takes: with a tile still below 1/8
-LEAST_ROWS = 64  # fewer rows in a product are slow
+LEAST_ROWS = 96  # fewer rows in a product are slow
 TILE = 768  # float32 ids in a tile on the CPU
 OVERFLOW = 1e20  # a row's sum beyond which float32 loses the small factors
 IGNORE = -100  # a cross-entropy target that does not count
@@ -69,7 +69,10 @@ class Labels(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where the gradients of the scaled total go; None for one that is not wanted."""
+    """Where the gradients of the scaled total go; None for one that is not wanted.
+
+    ``hidden`` is overwritten, ``head`` and ``bias`` are added to.
+    """
 
     hidden: torch.Tensor | None
     head: torch.Tensor | None
@@ -85,7 +88,7 @@ def run(
     scale: float,
     gradients: Gradients,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of the divergence and of the cross-entropy, float64; fills ``gradients``."""
+    """The sums of the divergence and of the cross-entropy, float64; and the ``gradients``."""
     n, v = len(hidden_NH), len(head_VH)
     compute = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
     distillation = cross_entropy = hidden_NH.new_zeros((), dtype=torch.float64)
@@ -231,11 +234,7 @@ class _Tiles:
             if gradients.hidden is not None:
                 hidden_RH += linear(grad_TR.T, self.head_VH[ids].to(grad_TR.dtype).T)
             if gradients.head is not None:
-                head_TH = linear(grad_TR, self.x_RH.T)
-                if span.start:
-                    gradients.head[ids] += head_TH
-                else:
-                    gradients.head[ids] = head_TH
+                gradients.head[ids] += linear(grad_TR, self.x_RH.T)
             if gradients.bias is not None:
                 gradients.bias[ids] += grad_TR.sum(1, dtype=gradients.bias.dtype)
         if gradients.hidden is not None:

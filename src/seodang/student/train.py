@@ -41,12 +41,14 @@ from seodang.student.vocabulary import (
     trimming_report,
 )
 from seodang.training.attention import use_packed_attention
+from seodang.training.gated_mlp import use_lean_mlps
 from seodang.training.log import EVENTS, SPEED
 from seodang.training.loop import CHECKPOINTS, Plan, run
 from seodang.training.parallel import Processes, join, whole_state
 from seodang.training.products import use_fast_products
 
 START = "start.json"
+CPU_PACK_TOKENS = 512  # activations of more add to the peak; products of fewer are slow
 # Keys that change nothing of the student: where it starts is told by fingerprint, not by path.
 _NOT_IDENTITY = {"path", "checkpoint_steps", "keep_checkpoints", "on_policy"}
 
@@ -200,15 +202,20 @@ def _fit(
     model = start().to(processes.device).train()
     use_packed_attention(model)
     use_fast_products(model)
+    use_lean_mlps(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Distillation(model, config, objective, store.estimator == "residual")
+    module.accumulate_head_gradient = processes.count == 1  # FSDP looks for it where autograd ends
     processes.shard(module, list(model.base_model.layers))
 
     steps, lengths, labelled = _steps(store, config, vocabulary)
 
+    on_cpu = processes.device.type == "cpu"
+    pack_tokens = config.micro_batch_tokens or (CPU_PACK_TOKENS if on_cpu else None)
+
     def packs(step: int) -> list[Pack]:
-        shared = share(steps[step], lengths, processes.count, config.micro_batch_tokens)
+        shared = share(steps[step], lengths, processes.count, pack_tokens)
         return [
             pack([checked(store, index, vocabulary) for index in members], objective)
             for members in shared[processes.rank]
@@ -235,10 +242,14 @@ def _fit(
 
 
 class Distillation(torch.nn.Module):
-    """A student together with its loss: maps a pack to the sums of the loss terms.
+    """A student together with its loss: maps a pack to the scaled sums of the loss terms.
 
-    The loss is computed inside, where the head's weights are whole, also if they are sharded.
+    The loss is computed inside, where the head's weights are whole, also if they are sharded. With
+    ``accumulate_head_gradient`` a forward pass with gradients adds the head's to its ``grad``: a
+    backward pass has to follow, from ``total`` as it is.
     """
+
+    accumulate_head_gradient = False
 
     def __init__(
         self, model: Any, config: StudentConfig, objective: Objective, residual: bool
@@ -250,9 +261,12 @@ class Distillation(torch.nn.Module):
             config.cross_entropy_weight if objective == "soft-labels" else 1.0
         )
         self.residual = residual and objective == "soft-labels"
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if embedding.weight is head.weight:  # rows that autograd adds to the head's gradient
+            embedding.sparse = True
 
-    def forward(self, batch: Pack) -> LossTerms:
-        """Sums over the pack's labelled positions, in nats."""
+    def forward(self, batch: Pack, scale: float = 1.0) -> LossTerms:
+        """Sums over the pack's labelled positions, in nats, times ``scale``."""
         hidden_NH = hidden_states(self.model, batch)
         head = self.model.get_output_embeddings()
         if torch.is_autocast_enabled(hidden_NH.device.type):
@@ -263,7 +277,12 @@ class Distillation(torch.nn.Module):
             "cross_entropy_weight": self.cross_entropy_weight,
             "bias": getattr(head, "bias", None),
             "reduction": "sum",
+            "scale": scale,
         }
+        if self.accumulate_head_gradient and torch.is_grad_enabled():
+            if head.weight.grad is None:
+                head.weight.grad = torch.zeros_like(head.weight)
+            options["head_gradient"] = head.weight.grad
         if self.divergence == "forward-kl":
             return sparse_kd_terms(
                 hidden_NH, head.weight, *labels, residual=self.residual, **options

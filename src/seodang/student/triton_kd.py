@@ -77,7 +77,7 @@ def run(
         if gradients.hidden is not None:
             torch.mm(logits_RV, head, out=gradients.hidden[rows])
         if gradients.head is not None:
-            _add_product(gradients.head, logits_RV.T, x_RH, first=start == 0)
+            _add_product(gradients.head, logits_RV.T, x_RH)
         if gradients.bias is not None:
             gradients.bias.add_(logits_RV.sum(0, dtype=gradients.bias.dtype))
     distillation, cross_entropy = values_N2.double().sum(0)
@@ -88,13 +88,9 @@ def _block(v: int, most: int) -> int:
     return min(most, 1 << max(4, (v - 1).bit_length()))
 
 
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """``out (+)= a @ b``, out in float32 also where a and b are shorter."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b, beta=0 if first else 1)
-    elif a.is_cuda and first:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif a.is_cuda:
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out += a @ b``, out in float32 also where a and b are shorter."""
+    if a.is_cuda and a.dtype != out.dtype:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=0 if first else 1)
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))

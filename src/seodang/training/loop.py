@@ -4,8 +4,9 @@ It is read from top to bottom: load the newest checkpoint, then for every step a
 gradients of its packs, look whether they are finite, clip, step, log, save. Nothing depends on
 how often it was stopped: the batches follow from the plan, random numbers from seed and step.
 
-What is trained is the caller's business: a module that maps a pack to a NamedTuple of sums whose
-first field, ``total``, is differentiable, and the optimizers of its parameters.
+What is trained is the caller's business: a module that maps a pack and a factor to a NamedTuple of
+sums times that factor, whose first field, ``total``, is differentiable, and the optimizers of its
+parameters. A module that has the factor beforehand may compute gradients in its forward pass.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def run(
     after_step: AfterStep | None = None,
     spikes: SpikeWatch | None = None,
 ) -> None:
-    """Train ``module``, which maps a pack to the sums of its loss terms, in place.
+    """Train ``module``, which maps a pack and a factor to its loss terms, in place.
 
     The schedule scales the rate that every group of ``optimizers`` has now. Log and checkpoints go
     to ``folder``, and are continued if they are there. ``after_step`` may change buffers, which
@@ -171,11 +172,12 @@ def _run(
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factor
                 optimizer.zero_grad(set_to_none=True)
+            scale = processes.count / plan.labelled[step]  # the gradients of processes are averaged
             sums = torch.zeros((), dtype=torch.float64, device=processes.device)
             for batch in packs:
                 with autocast:
-                    terms: Any = module(batch.to(processes.device))
-                (terms.total * (processes.count / plan.labelled[step])).backward()
+                    terms: Any = module(batch.to(processes.device), scale)
+                terms.total.backward()
                 sums = sums + torch.stack([term.detach() for term in terms]).double()
             norm = float(
                 _whole(
@@ -185,7 +187,7 @@ def _run(
                 )
             )
             *totals, stop = processes.add([*sums.tolist(), float(stopping.is_set())])
-            loss, *others = (value / plan.labelled[step] for value in totals)
+            loss, *others = (value / processes.count for value in totals)
             if spikes and spikes.jumps(loss):
                 if after_step:
                     after_step(step)  # forgets what it saw of this step; its buffers are reloaded
@@ -241,7 +243,7 @@ def _not_finite(
         device = next(module.parameters()).device
         with torch.no_grad(), autocast:
             alone = [batch for pack in packs for batch in pack.apart()]
-            bad = [b for b in alone if not math.isfinite(float(module(b.to(device)).total))]
+            bad = [b for b in alone if not math.isfinite(float(module(b.to(device), 1.0).total))]
         documents = {name for batch in bad for name in batch.documents} or documents
     return WorkFailed(
         f"step {step}: the loss is not finite; documents: {', '.join(sorted(documents))}. "

@@ -28,6 +28,11 @@ def use_fast_products(model: torch.nn.Module) -> None:
             module.__class__ = _Linear
 
 
+def takes_fast_products(x: torch.Tensor) -> bool:
+    """Whether layers with this input are trained by :func:`linear`."""
+    return _by_onednn(x) and not torch.is_autocast_enabled("cpu")
+
+
 def _by_onednn(x: torch.Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
         return False
@@ -38,7 +43,7 @@ class _Linear(torch.nn.Linear):
     """``torch.nn.Linear``, whose three products go through oneDNN where that is faster."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not _by_onednn(input) or torch.is_autocast_enabled("cpu"):
+        if not takes_fast_products(input):
             return super().forward(input)
         found: torch.Tensor = _Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return found

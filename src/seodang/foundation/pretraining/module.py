@@ -17,7 +17,7 @@ from seodang.training.products import use_fast_products
 
 
 class PretrainingSums(NamedTuple):
-    """Sums over tokens, in nats; ``total`` is differentiable.
+    """Sums over tokens, in nats, times a factor; ``total`` is differentiable.
 
     ``mtp_loss`` is the mean over the multi-token-prediction layers, ``balance_loss`` the
     sequence-wise one without its factor, summed over layers.
@@ -30,7 +30,7 @@ class PretrainingSums(NamedTuple):
 
 
 class Pretraining(torch.nn.Module):
-    """``AXK1ForCausalLM`` of ``transformers`` with its extra layers: maps a batch to loss sums."""
+    """``AXK1ForCausalLM`` of ``transformers`` with its extra layers: maps a batch to loss terms."""
 
     def __init__(self, config: ModelConfig, vocabulary: int, mtp_weight: float) -> None:
         from transformers import AXK1ForCausalLM
@@ -53,8 +53,8 @@ class Pretraining(torch.nn.Module):
         """Every decoder layer: what FSDP shards one by one."""
         return [*self.model.model.layers, *self.mtp]
 
-    def forward(self, batch: TokenBatch) -> PretrainingSums:
-        """Sums over the batch's tokens."""
+    def forward(self, batch: TokenBatch, scale: float = 1.0) -> PretrainingSums:
+        """Sums over the batch's tokens, times ``scale``."""
         if self.balance:
             self.balance.begin()
         model: Any = self.model
@@ -64,7 +64,7 @@ class Pretraining(torch.nn.Module):
             use_cache=False,
             document_lengths=batch.lengths,
         ).last_hidden_state[0]
-        cross_entropy = self._cross_entropy(state_TH, batch.targets)
+        cross_entropy = self._cross_entropy(state_TH, batch.targets, scale)
         mtp_loss = torch.zeros_like(cross_entropy)
         targets_T = batch.targets
         if len(self.mtp):
@@ -73,16 +73,18 @@ class Pretraining(torch.nn.Module):
             embedding_TH = model.model.embed_tokens(targets_T.clamp(min=0))
             state_TH = layer(state_TH, embedding_TH, rotary, batch.lengths)
             targets_T = shifted(targets_T, batch.lengths)
-            mtp_loss = mtp_loss + self._cross_entropy(state_TH, targets_T) / len(self.mtp)
+            mtp_loss = mtp_loss + self._cross_entropy(state_TH, targets_T, scale) / len(self.mtp)
         total = cross_entropy + self.mtp_weight * mtp_loss if len(self.mtp) else cross_entropy
         balance_loss = torch.zeros_like(cross_entropy)
         if self.balance and self.balance.routers:
-            balance_loss = self.balance.count(batch.lengths)
+            balance_loss = self.balance.count(batch.lengths) * scale
             total = total + self.balance.loss_weight * balance_loss
         return PretrainingSums(total, cross_entropy, mtp_loss, balance_loss)
 
-    def _cross_entropy(self, state_TH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross-entropies, without a matrix of all logits."""
+    def _cross_entropy(
+        self, state_TH: torch.Tensor, targets_T: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Sum of the cross-entropies times ``scale``, without a matrix of all logits."""
         if torch.is_autocast_enabled(state_TH.device.type):
             state_TH = state_TH.to(torch.get_autocast_dtype(state_TH.device.type))
         none = targets_T.new_zeros(0)
@@ -95,5 +97,6 @@ class Pretraining(torch.nn.Module):
             cross_entropy_targets=targets_T,
             cross_entropy_weight=1.0,
             reduction="sum",
+            scale=scale,
         )
         return terms.total
