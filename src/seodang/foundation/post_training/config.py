@@ -10,6 +10,7 @@ from seodang.recipe import Section
 class FineTuningConfig(Section):
     """Supervised fine-tuning on the answers of generated problems."""
 
+    problems: int | None = Field(None, gt=0, description="of those there are (default: all)")
     epochs: int = Field(1, gt=0, description="times that every problem is seen")
     batch_sequences: int = Field(16, gt=0, description="answers of one optimizer step")
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")

@@ -67,7 +67,7 @@ def fine_tune(
             return completion_loss(model, **inputs)
 
     loaded = load(model, draft.path)
-    problems = read_problems(data, split)
+    problems = read_problems(data, split)[: tuning.problems]
     examples = [example(p, mode, loaded.tokenizer) for p in problems for mode in modes]
     lengths = [len(row["input_ids"]) for row in examples]
     rows = [
