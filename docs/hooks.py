@@ -82,7 +82,8 @@ def shown_type(schema: dict[str, Any]) -> str:
     elif kind == "object":
         names = schema.get("propertyNames", {}).get("enum", ["key"])
         keys = " or ".join(f"`{name}`" for name in names)
-        shown = f"mapping of {keys} to {shown_type(schema['additionalProperties'])}"
+        by_pattern = schema.get("patternProperties") or {"": schema["additionalProperties"]}
+        shown = f"mapping of {keys} to {shown_type(next(iter(by_pattern.values())))}"
     else:
         shown = kind
     limits = [form.format(schema[key]) for key, form in LIMITS.items() if key in schema]
