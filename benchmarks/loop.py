@@ -23,7 +23,6 @@ from seodang.recipe import StudentConfig, TeacherConfig
 from seodang.softlabels import open as open_store
 from seodang.student import train as training
 from seodang.student.packing import pack
-from seodang.student.plan import plan_steps
 from seodang.student.start import build_start, choose_start
 from seodang.teacher.local import teacher_directory
 from seodang.training.attention import use_packed_attention
@@ -31,6 +30,7 @@ from seodang.training.gated_mlp import use_lean_mlps
 from seodang.training.log import SPEED, read_rows
 from seodang.training.loop import Plan, run
 from seodang.training.parallel import Processes
+from seodang.training.plan import plan_steps
 from seodang.training.products import use_fast_products
 
 

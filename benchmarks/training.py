@@ -32,12 +32,12 @@ from seodang.softlabels.store import SoftLabelStore
 from seodang.student import train as training
 from seodang.student.losses import LossTerms
 from seodang.student.packing import Pack, hidden_states, pack
-from seodang.student.plan import plan_steps
 from seodang.student.start import build_start, choose_start
 from seodang.teacher.local import LocalTeacher, teacher_directory
 from seodang.training.attention import use_packed_attention
 from seodang.training.loop import Plan, run
 from seodang.training.parallel import Processes
+from seodang.training.plan import plan_steps
 
 ESTIMATORS = {
     "full": {"estimator": "top-k", "k": 1},  # only the tokens are used

@@ -40,7 +40,6 @@ from seodang.release import gguf
 from seodang.softlabels.store import SoftLabelStore
 from seodang.softlabels.store import open as open_store
 from seodang.student.packing import pack
-from seodang.student.plan import plan_steps
 from seodang.student.train import Distillation, checked, train, vocabulary_of
 from seodang.student.vocabulary import (
     VOCABULARY,
@@ -52,6 +51,7 @@ from seodang.student.vocabulary import (
 from seodang.teacher.local import teacher_directory
 from seodang.teacher.named import teacher_config
 from seodang.training.attention import use_packed_attention
+from seodang.training.plan import plan_steps
 
 WHOLE = 10**9  # tokens of a window that no document fills
 

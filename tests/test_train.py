@@ -18,7 +18,6 @@ from seodang.errors import InputError, WorkFailed
 from seodang.recipe import SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
-from seodang.student.plan import plan_steps, share
 from seodang.student.train import Distillation, train, untrained
 from seodang.teacher.local import LocalTeacher
 from seodang.training import checkpoint
@@ -26,6 +25,7 @@ from seodang.training.attention import use_packed_attention
 from seodang.training.log import EVENTS, LOG, SPEED, read_rows
 from seodang.training.loop import schedule
 from seodang.training.parallel import Processes
+from seodang.training.plan import plan_steps, share
 from tiny import tiny_teacher
 from tiny_store import sequences
 

@@ -6,18 +6,20 @@ Each stage is an artifact; one whose inputs and config did not change is not run
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import MANIFEST, Artifact
+from seodang.artifact import MANIFEST, Artifact, Source
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say
 from seodang.recipe import Recipe, TeacherConfig
 from seodang.stages import Stages, claimed
 
 FOUNDATION = "foundation"  # where a teacher of our own is built
+TEACHER = "teacher"  # where one is fine-tuned
 
 
 @dataclass
@@ -75,6 +77,23 @@ def own_teacher(config: TeacherConfig, out: Path) -> TeacherConfig:
     return config.model_copy(update=built)
 
 
+def labelling_teacher(config: TeacherConfig, out: Path) -> TeacherConfig:
+    """The teacher that labels, as a directory: the one that was fine-tuned in ``out``, if any."""
+    if config.fine_tuning is None:
+        return own_teacher(config, out)
+    return TeacherConfig(path=str(out / TEACHER), license=config.license)
+
+
+def fine_tuned(recipe: Recipe, corpus: Artifact, out: Path, sources: Sequence[Source]) -> Artifact:
+    """The teacher of ``recipe``, an own one built already, trained on the corpus into ``out``."""
+    from seodang.student.fine_tuning import fine_tune
+    from seodang.teacher.local import teacher_directory
+
+    assert recipe.teacher.fine_tuning is not None
+    directory = teacher_directory(recipe.teacher)
+    return fine_tune(directory, corpus, recipe.teacher.fine_tuning, out, sources=sources)
+
+
 def _run(recipe: Recipe, out: Path) -> RunResult:
     _check_needs(recipe)
     recipe = with_own_teacher(recipe, out)
@@ -100,19 +119,23 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
         return build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), path, recipe.tasks)
 
     corpus = stage("corpus", make_corpus)
+    sources = [*corpus.manifest.sources, teacher_source(recipe.teacher)]
+    if recipe.teacher.fine_tuning is not None:
+        stage(TEACHER, lambda path: fine_tuned(recipe, corpus, path, sources))
+    labeller = labelling_teacher(recipe.teacher, out)
+    teacher = teacher_directory(labeller)
 
     def make_labels(path: Path) -> Artifact:
         return capture(
-            open_teacher(recipe.teacher),
+            open_teacher(labeller),
             read_sequences(corpus.path, "train"),
             recipe.soft_labels,
             path,
-            sources=[*corpus.manifest.sources, teacher_source(recipe.teacher)],
+            sources=sources,
         )
 
     labels = stage("soft-labels", make_labels)
     store = SoftLabelStore(labels)
-    sources = labels.manifest.sources
     student = stage(
         "student", lambda path: train(store, teacher, recipe.student, path, sources=sources)
     )
@@ -134,7 +157,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
             "on-policy",
             lambda path: improve(
                 student,
-                open_teacher(recipe.teacher),
+                open_teacher(labeller),
                 teacher,
                 corpus,
                 recipe.student,
@@ -153,7 +176,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
             baseline,
             path,
             after_on_policy=after_on_policy,
-            scorer=open_teacher(recipe.teacher) if after_on_policy else None,
+            scorer=open_teacher(labeller) if after_on_policy else None,
         ),
     )
     result.metrics = json.loads((evaluation.path / METRICS).read_text())
@@ -207,7 +230,7 @@ def distill(recipe: Recipe, out: Path) -> Artifact:
     with claimed(recipe, out) if is_first_process() else nullcontext():
         return train(
             store,
-            teacher_directory(own_teacher(recipe.teacher, out)),
+            teacher_directory(labelling_teacher(recipe.teacher, out)),
             recipe.student,
             out / "student",
             sources=store.artifact.manifest.sources,

@@ -149,6 +149,41 @@ class CorpusConfig(Section):
     )
 
 
+class TrainingConfig(Section):
+    """What the training loop is told, whatever it trains."""
+
+    batch_tokens: int = Field(1024, gt=0, description="tokens of one optimizer step, about")
+    micro_batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="tokens of a forward pass, about (default: 512 on a CPU, else the whole batch)",
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="of the learning rate: cosine, or warm-up, stable, decay"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(0.2, gt=0, lt=1, description="share of the steps, of wsd")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products; weights and optimizer stay float32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations twice instead of keeping them"
+    )
+    seed: int = Field(0, ge=0, description="of the order of the batches")
+    checkpoint_steps: int = Field(25, gt=0, description="steps between two checkpoints")
+    keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints that stay")
+
+
+class TeacherTuningConfig(TrainingConfig):
+    """Training of the teacher on the answers of the corpus, before it labels them."""
+
+    epochs: int = Field(1, gt=0, description="times that every sequence is seen")
+    learning_rate: float = Field(1e-4, gt=0, description="of AdamW, at its highest")
+
+
 class TeacherConfig(Origin):
     """A local Hugging Face directory (``path``), or a pinned ``package`` that holds a model.
 
@@ -164,6 +199,9 @@ class TeacherConfig(Origin):
         None, pattern="^https?://", description="address of a vLLM server's API, ends in /v1"
     )
     model: str | None = Field(None, description="the model's name on that server")
+    fine_tuning: TeacherTuningConfig | None = Field(
+        None, description="on the corpus first (default: the teacher as it is)"
+    )
 
     @property
     def _places(self) -> dict[str, str | None]:
@@ -173,6 +211,8 @@ class TeacherConfig(Origin):
     def _server_has_a_model(self) -> Self:
         if (self.server is None) != (self.model is None):
             raise ValueError("`server` and `model` belong together")
+        if self.server and self.fine_tuning:
+            raise ValueError("a served teacher is not trained here: leave `fine_tuning` out")
         return self
 
 
@@ -282,34 +322,6 @@ class StudentShape(Section):
                 "nor `experts`"
             )
         return self
-
-
-class TrainingConfig(Section):
-    """What the training loop is told, whatever it trains."""
-
-    batch_tokens: int = Field(1024, gt=0, description="tokens of one optimizer step, about")
-    micro_batch_tokens: int | None = Field(
-        None,
-        gt=0,
-        description="tokens of a forward pass, about (default: 512 on a CPU, else the whole batch)",
-    )
-    learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
-    schedule: Literal["cosine", "wsd"] = Field(
-        "cosine", description="of the learning rate: cosine, or warm-up, stable, decay"
-    )
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
-    decay: float = Field(0.2, gt=0, lt=1, description="share of the steps, of wsd")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the products; weights and optimizer stay float32"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="compute activations twice instead of keeping them"
-    )
-    seed: int = Field(0, ge=0, description="of the order of the batches")
-    checkpoint_steps: int = Field(25, gt=0, description="steps between two checkpoints")
-    keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints that stay")
 
 
 class StudentConfig(TrainingConfig, StudentShape):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from seodang.artifact import MANIFEST, Artifact, begin, sha256_file, write_atomically, write_json
 from seodang.errors import InputError, WorkFailed
-from seodang.pipeline import with_own_teacher
+from seodang.pipeline import TEACHER, fine_tuned, labelling_teacher, with_own_teacher
 from seodang.progress import say
 from seodang.recipe import Recipe, SoftLabelsConfig
 from seodang.stages import claimed
@@ -108,6 +108,10 @@ def _sweep(variants: list[Variant], out: Path) -> SweepResult:
     tokenizer = load_tokenizer(teacher)
     corpus = build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), out / "corpus")
     sources = [*corpus.manifest.sources, teacher_source(recipe.teacher)]
+    if recipe.teacher.fine_tuning is not None:
+        fine_tuned(recipe, corpus, out / TEACHER, sources)
+        recipe = recipe.model_copy(update={"teacher": labelling_teacher(recipe.teacher, out)})
+        teacher = teacher_directory(recipe.teacher)
     labels = _capture(
         recipe,
         read_sequences(corpus.path, "train"),

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from seodang.corpus.sequences import observed_tokens
-from seodang.softlabels.store import SoftLabelSequence
 from seodang.training.loop import on_device
 
 Objective = Literal["soft-labels", "cross-entropy"]
@@ -40,7 +39,7 @@ class Pack:
     entry_ids: torch.Tensor
     weights: torch.Tensor
     targets: torch.Tensor
-    sequences: Sequence[SoftLabelSequence] = ()
+    sequences: Sequence[Any] = ()
     objective: Objective = "soft-labels"
 
     @property
@@ -57,8 +56,8 @@ class Pack:
         return on_device(self, device)
 
 
-def pack(sequences: Sequence[SoftLabelSequence], objective: Objective = "soft-labels") -> Pack:
-    """Put sequences end to end; "cross-entropy" leaves the labels' entries out.
+def pack(sequences: Sequence[Any], objective: Objective = "soft-labels") -> Pack:
+    """Put sequences end to end: of soft labels, or, for "cross-entropy", any that are labelled.
 
     No sequence at all gives one token without labels, so that a process with nothing to do can
     still take part in a step.
@@ -70,11 +69,13 @@ def pack(sequences: Sequence[SoftLabelSequence], objective: Objective = "soft-la
     lengths = [len(s.token_ids) for s in sequences]
     starts = np.cumsum([0, *lengths[:-1]])
     rows = np.concatenate([s.labelled + start for s, start in zip(sequences, starts, strict=True)])
-    counts = np.concatenate([np.diff(s.offsets)[s.labelled] for s in sequences])
-    entry_ids = np.concatenate([s.ids for s in sequences])
-    weights = np.concatenate([s.weights for s in sequences])
     if objective == "cross-entropy":
-        counts, entry_ids, weights = counts * 0, entry_ids[:0], weights[:0]
+        counts, entry_ids = np.zeros(len(rows), np.int64), np.zeros(0, np.int32)
+        weights = np.zeros(0, np.float32)
+    else:
+        counts = np.concatenate([np.diff(s.offsets)[s.labelled] for s in sequences])
+        entry_ids = np.concatenate([s.ids for s in sequences])
+        weights = np.concatenate([s.weights for s in sequences])
     return Pack(
         ids=torch.from_numpy(np.concatenate([s.token_ids for s in sequences]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),

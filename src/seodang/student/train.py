@@ -23,12 +23,11 @@ from seodang.causal_lm import (
     tokenizer_fingerprint,
 )
 from seodang.errors import InputError
-from seodang.recipe import StudentConfig
+from seodang.recipe import StudentConfig, TrainingConfig
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore, check_tokens
 from seodang.student.divergences import sparse_divergence_terms
 from seodang.student.losses import LossTerms, sparse_kd_terms
 from seodang.student.packing import Objective, Pack, hidden_states, pack
-from seodang.student.plan import plan_steps, share
 from seodang.student.start import build_start, check_start, choose_start, start_directory
 from seodang.student.vocabulary import (
     VOCABULARY,
@@ -45,6 +44,7 @@ from seodang.training.gated_mlp import use_lean_mlps
 from seodang.training.log import EVENTS, SPEED
 from seodang.training.loop import CHECKPOINTS, Plan, run
 from seodang.training.parallel import Processes, join, whole_state
+from seodang.training.plan import plan_steps, share
 from seodang.training.products import use_fast_products
 
 START = "start.json"
@@ -200,22 +200,17 @@ def _fit(
         return untrained(out, teacher, config)
 
     model = start().to(processes.device).train()
-    use_packed_attention(model)
-    use_fast_products(model)
-    use_lean_mlps(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    make_trainable(model, config)
     module = Distillation(model, config, objective, store.estimator == "residual")
     module.accumulate_head_gradient = processes.count == 1  # FSDP looks for it where autograd ends
     processes.shard(module, list(model.base_model.layers))
 
     steps, lengths, labelled = _steps(store, config, vocabulary)
 
-    on_cpu = processes.device.type == "cpu"
-    pack_tokens = config.micro_batch_tokens or (CPU_PACK_TOKENS if on_cpu else None)
+    at_once = pack_tokens(config, processes)
 
     def packs(step: int) -> list[Pack]:
-        shared = share(steps[step], lengths, processes.count, pack_tokens)
+        shared = share(steps[step], lengths, processes.count, at_once)
         return [
             pack([checked(store, index, vocabulary) for index in members], objective)
             for members in shared[processes.rank]
@@ -239,6 +234,24 @@ def _fit(
             model.load_state_dict(state)
     if processes.first:
         model.to("cpu").save_pretrained(out)
+
+
+def make_trainable(model: Any, config: TrainingConfig) -> None:
+    """Let ``model`` take packs, and train faster and with less memory, in place.
+
+    Raises ``InputError`` if its attention cannot be exchanged.
+    """
+    use_packed_attention(model)
+    use_fast_products(model)
+    use_lean_mlps(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def pack_tokens(config: TrainingConfig, processes: Processes) -> int | None:
+    """Tokens of a pack, at most; None for as many as a step has."""
+    on_cpu = processes.device.type == "cpu"
+    return config.micro_batch_tokens or (CPU_PACK_TOKENS if on_cpu else None)
 
 
 class Distillation(torch.nn.Module):

@@ -16,8 +16,8 @@ import torch
 from seodang.errors import InputError
 from seodang.foundation.pretraining.config import PretrainingConfig, StageConfig
 from seodang.foundation.pretraining.tokens import TokenStore
-from seodang.student.plan import plan_steps
 from seodang.training.loop import on_device
+from seodang.training.plan import plan_steps
 
 
 class Piece(NamedTuple):

@@ -27,10 +27,10 @@ from seodang.foundation.pretraining.module import Pretraining
 from seodang.foundation.pretraining.optimizers import make_optimizers
 from seodang.foundation.pretraining.routing_plot import draw_routing
 from seodang.foundation.pretraining.tokens import TokenStore, boundary_id
-from seodang.student.plan import share
 from seodang.training.log import EVENTS, LOG, SPEED, read_rows
 from seodang.training.loop import CHECKPOINTS, Plan, run
 from seodang.training.parallel import Processes, join, whole_state
+from seodang.training.plan import share
 from seodang.training.spikes import SpikeWatch
 
 KIND = "base-model"
