@@ -23,7 +23,7 @@ from seodang.softlabels.capture import capture
 from seodang.softlabels.estimators import draw
 from seodang.softlabels.store import SoftLabelStore
 from seodang.student import on_policy
-from seodang.student.generate import sample, stop_ids
+from seodang.student.generate import sample
 from seodang.student.on_policy import answer, answers, choose_prompts, improve, read_answers
 from seodang.student.train import train
 from seodang.teacher import served
@@ -103,7 +103,7 @@ def drawn_one_by_one(model, prompt, uniforms, temperature):
         below = float(p[:token].double().sum())
         sure[step] = (below + float(p[token]) / 2) / float(p.double().sum())
         ids = torch.cat([ids, torch.tensor([token])])
-        if token in stop_ids(model):
+        if token in model.stop_ids:
             break
     return ids[len(prompt) :].numpy(), sure
 
@@ -138,7 +138,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(world):
 
 def test_an_answer_ends_with_the_token_that_stops_it(world):
     model = CausalLM.load(world.student.path)
-    (stop,) = stop_ids(model)
+    (stop,) = model.stop_ids
     assert stop == model.tokenizer.eos_token_id
     with torch.no_grad():  # a bias of the head cannot be set in a Llama: make every logit alike
         model.head_VH.zero_()

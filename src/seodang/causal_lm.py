@@ -191,6 +191,38 @@ class CausalLM:
         """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: those of the generation config and of the tokenizer."""
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        found = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        return sorted(int(token) for token in found if token is not None)
+
+    def generate(
+        self, prompts: Sequence[TokenIds], processors: Sequence[Any] = (), **options: Any
+    ) -> torch.Tensor:
+        """What the model says after each prompt, (prompts, longest answer) int64 on the CPU.
+
+        ``processors`` are logits processors and ``options`` those of a ``GenerationConfig`` of
+        ``transformers``: what the model's own asks for (penalties, sampling) is another model.
+        """
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        ids_BT, mask_BT = left_padded(prompts)
+        network: Any = self.model
+        own, network.generation_config = network.generation_config, GenerationConfig()
+        try:
+            out_BT = network.generate(
+                ids_BT.to(self.device),
+                attention_mask=mask_BT.to(self.device),
+                generation_config=GenerationConfig(**options),
+                logits_processor=LogitsProcessorList(processors),
+            )
+        finally:
+            network.generation_config = own
+        answers_BT: torch.Tensor = out_BT[:, ids_BT.shape[1] :].cpu()
+        return answers_BT
+
     def check_head_is_linear(self, directory: Path) -> None:
         """Raise ``InputError`` if the logits are not a linear function of the hidden states."""
         ids = torch.arange(min(8, self.vocab_size), device=self.device)[None]
@@ -229,6 +261,17 @@ def _was_ctrl_c(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def left_padded(prompts: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as int64 (number, longest), and where they are not padding."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
 
 
 def pad(sequences: Sequence[TokenIds]) -> torch.Tensor:

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
 
-from seodang.causal_lm import CausalLM, TokenIds, length_batches, pad, row_chunks
+from seodang.causal_lm import CausalLM, TokenIds, left_padded, length_batches, pad, row_chunks
 from seodang.errors import WorkFailed
 from seodang.evaluation.constrained import SchemaConstraint
 from seodang.evaluation.task_metrics import Response
 from seodang.evaluation.tasks import SPARE_TOKENS, Task
 from seodang.progress import say, track
-from seodang.student.generate import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -268,46 +266,25 @@ def greedy_answers(
 def _generate(
     model: CausalLM, prompts: Sequence[TokenIds], limit: int, schema: dict[str, Any] | None
 ) -> list[str]:
-    ids_BT, mask_BT = left_padded(prompts)
-    stop = stop_ids(model)
-    processors = LogitsProcessorList()
+    stop = model.stop_ids
+    processors = []
     if schema is not None:
         constraint = SchemaConstraint(
             schema,
             model.tokenizer,
             vocab_size=model.vocab_size,
             stop=stop,
-            prompt_length=ids_BT.shape[1],
+            prompt_length=max(len(prompt) for prompt in prompts),
             rows=len(prompts),
         )
         processors.append(constraint)
-    network: Any = model.model
-    # What a model's own generation config asks for (penalties, sampling) is another model.
-    own, network.generation_config = network.generation_config, GenerationConfig()
-    try:
-        out_BT = network.generate(
-            ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=limit,
-                eos_token_id=stop or None,
-                pad_token_id=stop[0] if stop else 0,
-            ),
-            logits_processor=processors,
-        )
-    finally:
-        network.generation_config = own
-    said = model.tokenizer.batch_decode(out_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
+    out_BT = model.generate(
+        prompts,
+        processors,
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=stop or None,
+        pad_token_id=stop[0] if stop else 0,
+    )
+    said = model.tokenizer.batch_decode(out_BT, skip_special_tokens=True)
     return [str(text).strip() for text in said]
-
-
-def left_padded(prompts: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as int64 (number, longest), and where they are not padding."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask

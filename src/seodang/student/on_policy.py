@@ -28,7 +28,7 @@ from seodang.errors import InputError
 from seodang.recipe import OnPolicyConfig, SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
-from seodang.student.generate import sample, stop_ids
+from seodang.student.generate import sample
 from seodang.student.train import train, vocabulary_of
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def answers(
         )
     uniforms = [_uniforms(prompt, seed, config.max_new_tokens) for prompt in chosen]
     said = sample(model, prompts, uniforms, config.temperature)
-    stop = set(stop_ids(model))
+    stop = set(model.stop_ids)
     same_tokens = vocabulary_of(student) is None
     found = []
     for prompt, prompt_ids, answer_ids in zip(chosen, prompts, said, strict=True):

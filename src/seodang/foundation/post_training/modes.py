@@ -96,46 +96,24 @@ def answer(
     lengths = [len(ids) + config.max_new_tokens for ids in prompts]
     with track(f"Answering ({mode})", len(prompts), "answers") as advance:
         for batch in length_batches(lengths, BATCH_TOKENS):
-            drawn = _generate(model, [prompts[i] for i in batch], config, seed=batch[0])
-            for index, ids in zip(batch, drawn, strict=True):
-                kept = ids[: ids.index(eos)] if eos in ids else ids
-                said = str(tokenizer.decode(kept))
-                found[index] = Answered(problems[index], mode, said, eos in ids, len(kept))
-            advance(len(batch))
-    return [found[index] for index in range(len(problems))]
-
-
-def _generate(
-    model: CausalLM, prompts: list[list[int]], config: PostTrainingConfig, seed: int
-) -> list[list[int]]:
-    from transformers import GenerationConfig
-
-    network: Any = model.model
-    pad = int(model.tokenizer.pad_token_id)
-    longest = max(map(len, prompts))
-    padded = [[pad] * (longest - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-    own, network.generation_config = network.generation_config, GenerationConfig()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed * 1_000_003 + seed)
-            out_BT = network.generate(
-                torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                generation_config=GenerationConfig(
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed * 1_000_003 + batch[0])
+                drawn_BT = model.generate(
+                    [prompts[i] for i in batch],
                     do_sample=True,
                     temperature=config.temperature,
                     top_p=config.top_p,
                     top_k=0,
                     max_new_tokens=config.max_new_tokens,
-                    eos_token_id=int(model.tokenizer.eos_token_id),
-                    pad_token_id=pad,
-                ),
-            )
-    finally:
-        network.generation_config = own
-    drawn: list[list[int]] = out_BT[:, longest:].tolist()
-    return drawn
+                    eos_token_id=eos,
+                    pad_token_id=int(tokenizer.pad_token_id),
+                )
+            for index, ids in zip(batch, drawn_BT.tolist(), strict=True):
+                kept = ids[: ids.index(eos)] if eos in ids else ids
+                said = str(tokenizer.decode(kept))
+                found[index] = Answered(problems[index], mode, said, eos in ids, len(kept))
+            advance(len(batch))
+    return [found[index] for index in range(len(problems))]
 
 
 def figures(answers: Sequence[Answered]) -> dict[str, Any]:
