@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--bias-rate", type=float, default=BalancingConfig().rate)
+    parser.add_argument("--balance-weight", type=float, default=BalancingConfig().weight)
     parser.add_argument("--only", nargs="*", default=["moe", "dense"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--speed", action="store_true")
@@ -76,7 +77,7 @@ def main() -> None:
         batch_tokens=options.batch_tokens,
         micro_batch_tokens=options.micro_batch_tokens,
         learning_rate=options.learning_rate,
-        balancing=BalancingConfig(rate=options.bias_rate),
+        balancing=BalancingConfig(rate=options.bias_rate, weight=options.balance_weight),
         checkpoint_steps=10,
     )
     tokens = Artifact.open(options.tokens)
