@@ -15,7 +15,6 @@ Two tasks of a contact centre:
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -28,7 +27,14 @@ from typing import Any
 
 import yaml
 
-from seodang.corpus.task_writing import Language, apart, example, open_packages, write_task
+from seodang.corpus.task_writing import (
+    Language,
+    apart,
+    example,
+    open_packages,
+    script_options,
+    write_task,
+)
 from seodang.corpus.tasks import Example
 from seodang.packages import Package
 
@@ -77,12 +83,7 @@ class HelpDocument:
 
 def main() -> None:
     """Write both tasks."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a fifth of the documents")
-    options = parser.parse_args()
+    options = script_options(__doc__, "a fifth of the documents")
     wording = yaml.safe_load((HERE / "wording.yaml").read_text("utf-8"))
     packages = open_packages(HERE / "packages.yaml")
     tau2 = packages["inspect_evals"]

@@ -15,7 +15,6 @@ page answers queries of both sides.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -29,7 +28,7 @@ from typing import Any
 import yaml
 from selectolax.lexbor import LexborHTMLParser
 
-from seodang.corpus.task_writing import Language, example, open_packages, write_task
+from seodang.corpus.task_writing import Language, example, open_packages, script_options, write_task
 from seodang.corpus.tasks import Example
 from seodang.lexical_search import LexicalIndex, best_window, letter_pairs
 from seodang.packages import Package
@@ -61,12 +60,7 @@ class Collection:
 
 def main() -> None:
     """Write the tasks, and what the lexical search made of their held-out sides."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a fifth of it all")
-    options = parser.parse_args()
+    options = script_options(__doc__, "a fifth of it all")
     share = 5 if options.quick else 1
     packages = open_packages(HERE / "packages.yaml")
     tasks = {

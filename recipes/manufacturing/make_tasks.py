@@ -15,7 +15,6 @@ Two tasks of a factory's maintenance and safety desk, in Korean:
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -26,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from seodang.corpus.task_writing import apart, example, open_packages, write_task
+from seodang.corpus.task_writing import apart, example, open_packages, script_options, write_task
 from seodang.corpus.tasks import Example
 from seodang.packages import Package
 
@@ -54,12 +53,7 @@ ALERT: Any = {
 
 def main() -> None:
     """Write both tasks and the schema of the first."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the made reports")
-    options = parser.parse_args()
+    options = script_options(__doc__, "a tenth of the made reports")
     share = 0.1 if options.quick else 1.0
     wording = yaml.safe_load((HERE / "wording.yaml").read_text("utf-8"))
     packages = open_packages(HERE / "packages.yaml")

@@ -14,7 +14,6 @@ Two tasks of a travel assistant:
 
 from __future__ import annotations
 
-import argparse
 import calendar
 import csv
 import gzip
@@ -28,7 +27,14 @@ from typing import Any
 import yaml
 from romanise import romanise
 
-from seodang.corpus.task_writing import Language, apart, example, open_packages, write_task
+from seodang.corpus.task_writing import (
+    Language,
+    apart,
+    example,
+    open_packages,
+    script_options,
+    write_task,
+)
 from seodang.corpus.tasks import Example
 from seodang.packages import Package
 
@@ -69,12 +75,7 @@ PREPARING = {
 
 def main() -> None:
     """Write both tasks and the schema of the first."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
-    options = parser.parse_args()
+    options = script_options(__doc__, "a tenth of the examples")
     share = 0.1 if options.quick else 1.0
     wording = yaml.safe_load((HERE / "wording.yaml").read_text("utf-8"))
     packages = open_packages(HERE / "packages.yaml")

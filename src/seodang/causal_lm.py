@@ -192,6 +192,11 @@ class CausalLM:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters as they are held, tied ones counted once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer: those of the generation config and of the tokenizer."""
         named = getattr(self.model.generation_config, "eos_token_id", None)

@@ -6,13 +6,13 @@ Each stage is an artifact; one whose inputs and config did not change is not run
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import MANIFEST, Artifact, Source
+from seodang.artifact import MANIFEST, Artifact
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say
 from seodang.recipe import Recipe, TeacherConfig
@@ -84,16 +84,6 @@ def labelling_teacher(config: TeacherConfig, out: Path) -> TeacherConfig:
     return TeacherConfig(path=str(out / TEACHER), license=config.license)
 
 
-def fine_tuned(recipe: Recipe, corpus: Artifact, out: Path, sources: Sequence[Source]) -> Artifact:
-    """The teacher of ``recipe``, an own one built already, trained on the corpus into ``out``."""
-    from seodang.student.fine_tuning import fine_tune
-    from seodang.teacher.local import teacher_directory
-
-    assert recipe.teacher.fine_tuning is not None
-    directory = teacher_directory(recipe.teacher)
-    return fine_tune(directory, corpus, recipe.teacher.fine_tuning, out, sources=sources)
-
-
 def _run(recipe: Recipe, out: Path) -> RunResult:
     _check_needs(recipe)
     recipe = with_own_teacher(recipe, out)
@@ -104,6 +94,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
     from seodang.release.keys import find_or_make_keys
     from seodang.softlabels.capture import capture
     from seodang.softlabels.store import SoftLabelStore
+    from seodang.student.fine_tuning import fine_tune
     from seodang.student.on_policy import improve
     from seodang.student.train import train
     from seodang.teacher import open_teacher
@@ -120,10 +111,10 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
 
     corpus = stage("corpus", make_corpus)
     sources = [*corpus.manifest.sources, teacher_source(recipe.teacher)]
-    if recipe.teacher.fine_tuning is not None:
-        stage(TEACHER, lambda path: fine_tuned(recipe, corpus, path, sources))
     labeller = labelling_teacher(recipe.teacher, out)
-    teacher = teacher_directory(labeller)
+    if (tuning := recipe.teacher.fine_tuning) is not None:
+        tune = partial(fine_tune, teacher, corpus, tuning, sources=sources)
+        teacher = stage(TEACHER, tune).path
 
     def make_labels(path: Path) -> Artifact:
         return capture(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from seodang.artifact import MANIFEST, Artifact, begin, sha256_file, write_atomically, write_json
 from seodang.errors import InputError, WorkFailed
-from seodang.pipeline import TEACHER, fine_tuned, labelling_teacher, with_own_teacher
+from seodang.pipeline import TEACHER, labelling_teacher, with_own_teacher
 from seodang.progress import say
 from seodang.recipe import Recipe, SoftLabelsConfig
 from seodang.stages import claimed
@@ -90,6 +90,7 @@ def _sweep(variants: list[Variant], out: Path) -> SweepResult:
     from seodang.corpus.build import build, read_sequences
     from seodang.packages import open_package
     from seodang.softlabels.store import SoftLabelStore
+    from seodang.student.fine_tuning import fine_tune
     from seodang.student.start import check_start
     from seodang.student.train import train
     from seodang.teacher.local import teacher_directory, teacher_source
@@ -108,10 +109,9 @@ def _sweep(variants: list[Variant], out: Path) -> SweepResult:
     tokenizer = load_tokenizer(teacher)
     corpus = build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), out / "corpus")
     sources = [*corpus.manifest.sources, teacher_source(recipe.teacher)]
-    if recipe.teacher.fine_tuning is not None:
-        fine_tuned(recipe, corpus, out / TEACHER, sources)
+    if (tuning := recipe.teacher.fine_tuning) is not None:
+        teacher = fine_tune(teacher, corpus, tuning, out / TEACHER, sources=sources).path
         recipe = recipe.model_copy(update={"teacher": labelling_teacher(recipe.teacher, out)})
-        teacher = teacher_directory(recipe.teacher)
     labels = _capture(
         recipe,
         read_sequences(corpus.path, "train"),

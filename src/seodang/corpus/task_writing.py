@@ -7,6 +7,7 @@ makes up itself it labels synthetic, line by line.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -117,6 +118,16 @@ def write_task(
                 seen.add(user_text(asked))
                 line = asked.model_dump(exclude_none=True)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def script_options(about: str, quick: str) -> argparse.Namespace:
+    """The options that every script has: ``out``, and whether it shall be ``quick``."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser.parse_args()
 
 
 def read_pins(file: Path) -> list[PackagePin]:

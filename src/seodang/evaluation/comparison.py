@@ -111,11 +111,7 @@ class _Lazy:
             from seodang.causal_lm import CausalLM
 
             loaded = CausalLM.load(named.place)
-            weights = loaded.model.parameters()
-            self.size = {
-                "parameters": loaded.parameters,
-                "bytes": sum(w.numel() * w.element_size() for w in weights),
-            }
+            self.size = {"parameters": loaded.parameters, "bytes": loaded.weight_bytes}
             self._model = HarnessModel.local(loaded)
         assert self._model is not None
         return self._model

@@ -105,7 +105,7 @@ class Fidelity:
                 np.abs(self.confidence - self.correct).sum() / max(1, self.observed)
             ),
             "parameters": model.parameters,
-            "bytes": sum(p.numel() * p.element_size() for p in model.model.parameters()),
+            "bytes": model.weight_bytes,
             "tokens_per_second": self.tokens / self.seconds,
         }
         if self.full_kl is not None:

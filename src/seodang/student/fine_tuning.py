@@ -19,11 +19,11 @@ from seodang.causal_lm import CausalLM, copy_tokenizer, model_fingerprint
 from seodang.corpus.build import read_sequences
 from seodang.recipe import StudentConfig, TeacherTuningConfig
 from seodang.student.packing import Pack, pack
-from seodang.student.train import Distillation, make_trainable, pack_tokens
+from seodang.student.train import Distillation, make_optimizer, make_trainable, plan_packs
 from seodang.training.log import EVENTS, SPEED
-from seodang.training.loop import CHECKPOINTS, Plan, run
+from seodang.training.loop import CHECKPOINTS, run
 from seodang.training.parallel import join
-from seodang.training.plan import plan_steps, share
+from seodang.training.plan import plan_steps
 
 _NOT_IDENTITY = {"checkpoint_steps", "keep_checkpoints"}
 
@@ -55,24 +55,13 @@ def fine_tune(
         make_trainable(model, config)
         module = Distillation(model, StudentConfig(), "cross-entropy", residual=False)
         module.accumulate_head_gradient = True
-        at_once = pack_tokens(config, processes)
 
-        def packs(step: int) -> list[Pack]:
-            (own,) = share(steps[step], lengths, 1, at_once)
-            return [pack([sequences[i] for i in members], "cross-entropy") for members in own]
+        def packed(members: Sequence[int]) -> Pack:
+            return pack([sequences[index] for index in members], "cross-entropy")
 
-        plan = Plan(
-            tokens=[sum(lengths[index] for index in step) for step in steps],
-            labelled=[sum(labelled[index] for index in step) for step in steps],
-            packs=packs,
-        )
-        optimizer = torch.optim.AdamW(
-            module.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        run("Fine-tuning the teacher", module, plan, config, [optimizer], out, processes)
+        plan = plan_packs(steps, lengths, labelled, packed, config, processes)
+        optimizers = [make_optimizer(module, config)]
+        run("Fine-tuning the teacher", module, plan, config, optimizers, out, processes)
         model.to("cpu").save_pretrained(out)
     copy_tokenizer(teacher, out)
     summary = {"steps": len(steps), "tokens": sum(plan.tokens), "labelled": sum(plan.labelled)}

@@ -8,7 +8,7 @@ first, so that a run that was killed goes on with it, and a baseline can start f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,25 +207,12 @@ def _fit(
 
     steps, lengths, labelled = _steps(store, config, vocabulary)
 
-    at_once = pack_tokens(config, processes)
+    def packed(members: Sequence[int]) -> Pack:
+        return pack([checked(store, index, vocabulary) for index in members], objective)
 
-    def packs(step: int) -> list[Pack]:
-        shared = share(steps[step], lengths, processes.count, at_once)
-        return [
-            pack([checked(store, index, vocabulary) for index in members], objective)
-            for members in shared[processes.rank]
-        ]
-
-    plan = Plan(
-        tokens=[sum(lengths[index] for index in step) for step in steps],
-        labelled=[sum(labelled[index] for index in step) for step in steps],
-        packs=packs,
-    )
+    plan = plan_packs(steps, lengths, labelled, packed, config, processes)
     name = "Training the student" if objective == "soft-labels" else "Training the baseline"
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    run(name, module, plan, config, [optimizer], out, processes)
+    run(name, module, plan, config, [make_optimizer(module, config)], out, processes)
 
     if processes.count > 1:
         state = whole_state(model)
@@ -248,10 +235,37 @@ def make_trainable(model: Any, config: TrainingConfig) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def pack_tokens(config: TrainingConfig, processes: Processes) -> int | None:
-    """Tokens of a pack, at most; None for as many as a step has."""
+def plan_packs(
+    steps: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    labelled: Sequence[int],
+    packed: Callable[[Sequence[int]], Pack],
+    config: TrainingConfig,
+    processes: Processes,
+) -> Plan:
+    """What the loop is told of ``steps``: this process' packs, made by ``packed`` when needed.
+
+    ``lengths`` and ``labelled`` count tokens and labelled positions of every sequence.
+    """
     on_cpu = processes.device.type == "cpu"
-    return config.micro_batch_tokens or (CPU_PACK_TOKENS if on_cpu else None)
+    at_once = config.micro_batch_tokens or (CPU_PACK_TOKENS if on_cpu else None)
+
+    def packs(step: int) -> list[Pack]:
+        shared = share(steps[step], lengths, processes.count, at_once)
+        return [packed(members) for members in shared[processes.rank]]
+
+    return Plan(
+        tokens=[sum(lengths[index] for index in step) for step in steps],
+        labelled=[sum(labelled[index] for index in step) for step in steps],
+        packs=packs,
+    )
+
+
+def make_optimizer(module: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters, as the config has it."""
+    return torch.optim.AdamW(
+        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
 
 
 class Distillation(torch.nn.Module):
