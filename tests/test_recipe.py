@@ -390,6 +390,45 @@ def test_sections_that_do_not_fit_together_are_refused(folder: Path) -> None:
     load(folder, settings=["student.divergence=jsd", "soft_labels.estimator=residual"])
 
 
+QUICK = (
+    RECIPE
+    + """\
+quick:
+  student.epochs: 1
+  student.layers: 1
+  corpus.train_tokens: many
+"""
+)
+
+
+def test_the_quick_form_replaces_its_keys_before_the_overrides(folder: Path) -> None:
+    file = folder / "recipe.yaml"
+    file.write_text(QUICK.replace("many", "500").replace("layers: 2", "layers: 2\n  epochs: 9"))
+    whole, quick = load_recipe(file), load_recipe(file, ["student.layers=3"], quick=True)
+    assert (whole.student.epochs, whole.student.layers, whole.corpus.train_tokens) == (9, 2, None)
+    assert (quick.student.epochs, quick.student.layers, quick.corpus.train_tokens) == (1, 3, 500)
+
+
+def test_a_wrong_quick_form_is_refused_where_it_stands(folder: Path) -> None:
+    file = folder / "recipe.yaml"
+    file.write_text(QUICK)
+    load_recipe(file)
+    with pytest.raises(InputError, match=r"recipe\.yaml:31: `corpus\.train_tokens`: Input should"):
+        load_recipe(file, quick=True)
+    file.write_text(QUICK.replace("corpus.train_tokens: many", "name.first: 3"))
+    with pytest.raises(InputError, match=r"recipe\.yaml:31: `name` has no keys"):
+        load_recipe(file, quick=True)
+    file.write_text(RECIPE)
+    with pytest.raises(InputError, match=r"recipe\.yaml:1: --quick: the recipe has no section"):
+        load_recipe(file, quick=True)
+
+
+def test_a_recipe_that_reads_nothing_is_refused(folder: Path) -> None:
+    start = RECIPE.index("  sources:")
+    text = RECIPE[:start] + "  held_out: 0.2\n" + RECIPE[RECIPE.index("teacher:") :]
+    assert "no `corpus.sources` and no task with a `train` file" in refusal(folder, text)
+
+
 def test_overrides_change_the_recipe_in_order(folder: Path) -> None:
     recipe = load(
         folder,

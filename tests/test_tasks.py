@@ -17,6 +17,7 @@ from seodang.errors import InputError
 from seodang.evaluation.tasks import load_task, read_tasks
 from seodang.recipe import CorpusConfig, SourceConfig, TaskConfig
 from seodang.recipe_file import load_recipe
+from seodang.release.provenance import training_data
 from tiny import tiny_tokenizer
 from tiny_run import tiny_recipe
 from tiny_tasks import INSTRUCTION, example, examples, task_lines, tiny_tasks, write_lines
@@ -183,6 +184,10 @@ def test_training_examples_become_documents_and_held_out_ones_never(tmp_path: Pa
     answer = {"role": "assistant", "content": train[0]["answer"]}
     assert one["messages"] == [*train[0]["messages"], answer]
     assert (one["source"], one["license"]) == ("synthetic requests", "CC0-1.0")
+    assert {d["origin"] in taken for d in documents if d.get("synthetic")} == {True}
+    assert {d.get("synthetic", False) for d in documents if d["origin"] in taken} == {True}
+    made = [s for s in training_data(corpus) if s.category == "synthetic"]
+    assert [s.source.name for s in made] == ["synthetic requests"]
     assert corpus.manifest.summary["dropped"] == {"near-duplicate of a held-out example": 1}
     source = next(s for s in corpus.manifest.sources if s.name == "synthetic requests")
     assert (source.license, source.documents) == ("CC0-1.0", len(train) - 1)
@@ -195,6 +200,29 @@ def test_a_held_out_example_in_another_source_is_not_trained_on(tmp_path: Path) 
     assert corpus.manifest.summary["dropped"] == {"held out for a task": 1}
     again = _corpus(tmp_path, train, [*held_out, _line("choice", id="new", answer="phone")])
     assert again.digest != corpus.digest
+
+
+def test_a_task_in_one_language_leaves_the_other_out(tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train.jsonl", task_lines("choice", range(100, 104)))
+    held_out = write_lines(tmp_path / "held-out.jsonl", task_lines("choice", range(4)))
+    settings: Any = {"name": "routing", "kind": "choice", "train": str(train)}
+    task = TaskConfig(**settings, held_out=str(held_out), languages=["ko"])
+    assert load_task(task).languages == ["ko"]
+    tokenizer = tiny_tokenizer()
+    corpus = build(CorpusConfig(held_out=0.2), tokenizer, "f", tmp_path / "corpus", [task])
+    korean = {f"routing#{line['id']}" for line in task_lines("choice", range(100, 104))[1::2]}
+    assert {d["origin"] for d in read_documents(corpus.path)} <= korean
+    everything = build(
+        CorpusConfig(held_out=0.2),
+        tokenizer,
+        "f",
+        tmp_path / "all",
+        [task.model_copy(update={"languages": None})],
+    )
+    assert everything.manifest.inputs != corpus.manifest.inputs
+    english = write_lines(tmp_path / "en.jsonl", task_lines("choice", range(4))[::2])
+    with pytest.raises(InputError, match=r"en\.jsonl: holds no example in ko"):
+        load_task(task.model_copy(update={"held_out": str(english)}))
 
 
 def test_a_corpus_without_tasks_is_what_it_was(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from typing import Any
 import yaml
 
 from seodang.corpus.task_writing import (
-    Language,
     apart,
     example,
     open_packages,
@@ -37,6 +36,7 @@ from seodang.corpus.task_writing import (
 )
 from seodang.corpus.tasks import Example
 from seodang.packages import Package
+from seodang.recipe import Language
 
 HERE = Path(__file__).parent
 DOMAINS = "inspect_evals/tau2/data/domains/"

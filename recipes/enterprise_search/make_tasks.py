@@ -28,10 +28,11 @@ from typing import Any
 import yaml
 from selectolax.lexbor import LexborHTMLParser
 
-from seodang.corpus.task_writing import Language, example, open_packages, script_options, write_task
+from seodang.corpus.task_writing import example, open_packages, script_options, write_task
 from seodang.corpus.tasks import Example
 from seodang.lexical_search import LexicalIndex, best_window, letter_pairs
 from seodang.packages import Package
+from seodang.recipe import Language
 
 HERE = Path(__file__).parent
 HELP = "usr/share/libreoffice/help/"

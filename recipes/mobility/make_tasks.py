@@ -28,7 +28,6 @@ import yaml
 from romanise import romanise
 
 from seodang.corpus.task_writing import (
-    Language,
     apart,
     example,
     open_packages,
@@ -37,6 +36,7 @@ from seodang.corpus.task_writing import (
 )
 from seodang.corpus.tasks import Example
 from seodang.packages import Package
+from seodang.recipe import Language
 
 HERE = Path(__file__).parent
 DATA = "gateway/_bundled/"

@@ -68,10 +68,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # any file name and token can be printed
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Threads that spin while they wait for each other stall a whole run on a machine that does
-    # other work as well; sleeping ones cost little on an idle one (`benchmarks/threads.py`).
-    # OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other spin for a few microseconds, then sleep: spinning for long
+    # stalls a run on a machine that does other work as well, sleeping at once makes small models
+    # wait for every product (`benchmarks/threads.py`). GNU OpenMP reads this as torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers; we show our own progress
     keep_ctrl_c()
     try:
@@ -138,12 +139,15 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override: section.key=value.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Replace the keys of the recipe's section `quick`.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: documents to a proven, signed and released student."""
     from seodang.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, settings)
+    loaded = load_recipe(recipe, settings, quick=quick)
     from seodang import pipeline
 
     result = pipeline.run(loaded, out)

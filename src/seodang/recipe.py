@@ -25,6 +25,7 @@ Layout = Literal["fast", "small"]
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"]
 BaselineName = Literal["untrained", "cross_entropy"]
 TaskKind = Literal["choice", "ranking", "json", "answer"]
+Language = Literal["ko", "en"]
 TaskMetric = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z0-9@_]+$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 TASK_METRICS: dict[TaskKind, tuple[str, ...]] = {
@@ -134,7 +135,7 @@ class SourceConfig(Origin):
 class CorpusConfig(Section):
     """Documents, their split by document, and the sequences made of them."""
 
-    sources: list[SourceConfig] = Field(min_length=1)
+    sources: list[SourceConfig] = Field([], description="beside the examples of tasks")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of documents held out")
     near_duplicate: float = Field(
         0.7, gt=0, le=1, description="Jaccard similarity from which documents share a side"
@@ -342,6 +343,9 @@ class TaskConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="in results and gates")
     kind: TaskKind = Field(description="choice, ranking, json or answer")
+    languages: list[Language] | None = Field(
+        None, min_length=1, description="take only the examples in these (default: all)"
+    )
     train: str | None = Field(None, description="task file whose examples the corpus takes in")
     held_out: str = Field(description="task file whose examples are only measured")
     json_schema: str | None = Field(
@@ -462,7 +466,7 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="whose runs may share a directory"
     )
     description: str = Field("", description="one sentence, for the report")
-    corpus: CorpusConfig
+    corpus: CorpusConfig = CorpusConfig()
     teacher: TeacherConfig
     soft_labels: SoftLabelsConfig = SoftLabelsConfig()
     student: StudentConfig
@@ -470,6 +474,15 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     release: ReleaseConfig
+    quick: dict[str, Any] = Field(
+        {}, description="keys (section.key) that `--quick` replaces, and their values"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> Self:
+        if not self.corpus.sources and not any(task.train for task in self.tasks):
+            raise ValueError("no `corpus.sources` and no task with a `train` file: nothing to read")
+        return self
 
     @model_validator(mode="after")
     def _labels_fit_the_divergence(self) -> Self:

@@ -160,10 +160,20 @@ def _explain(error: ValidationError, reader: RecipeReader, schema: type[BaseMode
     return "\n".join(lines)
 
 
-def _override(data: Any, text: str, reader: RecipeReader) -> None:
+def _set(data: Any, text: str, reader: RecipeReader) -> None:
+    """Apply a ``--set section.key=value``."""
     dotted, equals, raw = text.partition("=")
     if not equals or not dotted:
         raise InputError(f"--set {text}: write it as section.key=value")
+    try:
+        value = RecipeReader(reader.file).parse(raw)
+    except InputError:
+        raise InputError(f"--set {text}: the value is not valid YAML") from None
+    _override(data, dotted, value, f"--set {text}", reader)
+
+
+def _override(data: Any, dotted: str, value: Any, said: str, reader: RecipeReader) -> None:
+    """Put ``value`` where ``dotted`` points; ``said`` is what an error names."""
     path: list[str | int] = []
     target: Any = data
     parts = dotted.split(".")
@@ -171,38 +181,51 @@ def _override(data: Any, text: str, reader: RecipeReader) -> None:
         last = depth == len(parts) - 1
         if isinstance(target, list):
             if part not in [str(index) for index in range(len(target))]:
-                raise InputError(f"--set {text}: `{part}` is not an index below {len(target)}")
+                raise InputError(f"{said}: `{part}` is not an index below {len(target)}")
             key: str | int = int(part)
         elif isinstance(target, dict):
             key = part
             if not last:
                 target.setdefault(part, {})
         else:
-            raise InputError(f"--set {text}: `{'.'.join(parts[:depth])}` has no keys")
+            raise InputError(f"{said}: `{'.'.join(parts[:depth])}` has no keys")
         path.append(key)
         if last:
-            try:
-                target[key] = RecipeReader(reader.file).parse(raw)
-            except InputError:
-                raise InputError(f"--set {text}: the value is not valid YAML") from None
+            target[key] = value
         else:
             target = target[key]
-    reader.overrides[tuple(path)] = f"--set {text}"
+    reader.overrides[tuple(path)] = said
 
 
-def load_recipe(file: Path | str, settings: list[str] | None = None) -> Recipe:
-    """Read, override (``settings``: ``section.key=value``) and check a recipe.
+def _make_quick(data: Any, reader: RecipeReader) -> None:
+    """Apply the recipe's own overrides of its ``quick`` section."""
+    changes = data.get("quick")
+    if not isinstance(changes, dict) or not changes:
+        raise InputError(f"{reader.file}:1: --quick: the recipe has no section `quick`")
+    for dotted, value in changes.items():
+        _override(data, dotted, value, reader.where(("quick", dotted)), reader)
 
-    Relative paths in it are resolved against the recipe's folder. Raises ``InputError`` with
-    file, line, key and the nearest valid key for whatever is wrong.
+
+def load_recipe(
+    file: Path | str, settings: list[str] | None = None, *, quick: bool = False
+) -> Recipe:
+    """Read, override and check a recipe.
+
+    First by its own section ``quick``, if it shall be so, then by ``settings``
+    (``section.key=value``). Relative paths in it are resolved against the recipe's folder. Raises
+    ``InputError`` with file, line, key and the nearest valid key for whatever is wrong.
     """
-    recipe, reader = read_as(Recipe, file, settings)
+    recipe, reader = read_as(Recipe, file, settings, quick=quick)
     _refuse_repeated_names(recipe, reader)
     return _resolve_paths(recipe, reader)
 
 
 def read_as(
-    schema: type[Schema], file: Path | str, settings: list[str] | None = None
+    schema: type[Schema],
+    file: Path | str,
+    settings: list[str] | None = None,
+    *,
+    quick: bool = False,
 ) -> tuple[Schema, RecipeReader]:
     """A YAML file as ``schema``, and the reader that knows the line of every key.
 
@@ -213,8 +236,10 @@ def read_as(
     data = reader.read()
     if not isinstance(data, dict):
         raise InputError(f"{file}:1: a recipe is a mapping of sections; this is not one")
+    if quick:
+        _make_quick(data, reader)
     for setting in settings or []:
-        _override(data, setting, reader)
+        _set(data, setting, reader)
     try:
         return schema.model_validate(data), reader
     except ValidationError as error:

@@ -155,7 +155,7 @@ def _task_digest(task: TaskConfig) -> str:
     files = [
         None if file is None else sha256_file(Path(file)) for file in (task.train, task.held_out)
     ]
-    return sha256_bytes(canonical_json([task.kind, *files]))
+    return sha256_bytes(canonical_json([task.kind, task.languages, *files]))
 
 
 def _apart_from(
@@ -283,6 +283,7 @@ def _line(entry: _Entry, side: Side) -> dict[str, Any]:
         "cluster": entry.cluster[:16],
         "tokens": entry.tokens,
         "origin": document.origin,
+        **({"synthetic": True} if document.synthetic else {}),
         **document.body,
     }
 

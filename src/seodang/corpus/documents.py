@@ -18,7 +18,8 @@ _TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 class Document:
     """One document: ``messages`` (``role`` and ``content`` each) or, without them, ``text``.
 
-    ``compared`` is what near-duplicates are told by, if that is not all of its words.
+    ``compared`` is what near-duplicates are told by, if that is not all of its words. ``synthetic``
+    if it was generated.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Document:
     text: str = ""
     messages: list[dict[str, str]] | None = None
     compared: str | None = None
+    synthetic: bool = False
 
     @property
     def content(self) -> str:

@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -21,8 +20,7 @@ from seodang.corpus.split import clusters
 from seodang.corpus.tasks import Example, Turn
 from seodang.errors import InputError
 from seodang.packages import Package, PackagePin, open_package
-
-Language = Literal["ko", "en"]
+from seodang.recipe import Language
 
 
 def example(

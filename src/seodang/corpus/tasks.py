@@ -23,7 +23,7 @@ from seodang.corpus.documents import Document, content_id, normalise
 from seodang.corpus.formats import File, names, read_records
 from seodang.corpus.split import words
 from seodang.errors import InputError
-from seodang.recipe import TaskConfig, TaskKind
+from seodang.recipe import Language, TaskConfig, TaskKind
 
 MAX_LINE = 1_000_000  # bytes
 TEMPLATE_SHARE = 0.3  # of the examples in a language: what more of them hold is their template
@@ -50,7 +50,7 @@ class Example(BaseModel):
     messages: list[Turn] = Field(min_length=1)
     answer: _Text
     choices: list[_Text] | None = None
-    language: Literal["ko", "en"]
+    language: Language
     group: _Text | None = None
     relevance: int | None = Field(None, ge=0, le=3)
     source: _Text
@@ -68,8 +68,10 @@ class Example(BaseModel):
         return "\n".join([*(message.content for message in self.messages), self.answer])
 
 
-def read_examples(path: Path, kind: TaskKind) -> list[Example]:
-    """The examples of one side of a task.
+def read_examples(
+    path: Path, kind: TaskKind, languages: Sequence[Language] | None = None
+) -> list[Example]:
+    """The examples of one side of a task, of those ``languages`` only if any are named.
 
     Raises ``InputError`` naming file, line and key for a line that is no example of this kind,
     for an id that stands on two lines, and for a file without any.
@@ -83,9 +85,11 @@ def read_examples(path: Path, kind: TaskKind) -> list[Example]:
         if example.id in found:
             raise InputError(f"{record.where}: `id`: {example.id!r} stands on an earlier line too")
         found[example.id] = example
-    if not found:
-        raise InputError(f"{path}: holds no example")
-    return list(found.values())
+    kept = [e for e in found.values() if languages is None or e.language in languages]
+    if not kept:
+        spoken = "" if languages is None else f" in {names(languages)}"
+        raise InputError(f"{path}: holds no example{spoken}")
+    return kept
 
 
 def _example(value: Any, where: str) -> Example:
@@ -136,7 +140,7 @@ def task_documents(
     ``compared`` of each document holds the words that tell it apart from the others of its task.
     """
     sides = {
-        side: [] if file is None else read_examples(Path(file), task.kind)
+        side: [] if file is None else read_examples(Path(file), task.kind, task.languages)
         for side, file in (("train", task.train), ("held_out", task.held_out))
     }
     examples = [*sides["train"], *sides["held_out"]]
@@ -157,6 +161,7 @@ def _document(task: TaskConfig, example: Example, compared: str) -> Document:
         origin=f"{task.name}#{example.id}",
         messages=messages,
         compared=compared,
+        synthetic=example.synthetic,
     )
 
 

@@ -64,7 +64,7 @@ def load_task(config: TaskConfig) -> Task:
     task = Task(
         name=config.name,
         kind=config.kind,
-        examples=read_examples(file, config.kind),
+        examples=read_examples(file, config.kind, config.languages),
         schema=None if config.json_schema is None else _read_schema(Path(config.json_schema)),
         refusal=config.refusal,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from seodang.errors import InputError
 
@@ -32,6 +32,11 @@ def packed_attention(
     (1, T, heads, head).
     """
     assert attention_mask is None
+    value_dims = value.shape[-1]
+    if value_dims < query.shape[-1] and value.device.type == "cpu":
+        # PyTorch's fused attention on a CPU takes heads of one size only: half the time at 1,024
+        # tokens of latent attention, whose values are smaller than its keys.
+        value = pad(value, (0, query.shape[-1] - value_dims))
     parts = zip(
         *(tensor.split(list(document_lengths), dim=2) for tensor in (query, key, value)),
         strict=True,
@@ -55,7 +60,7 @@ def packed_attention(
                 enable_gqa=grouped,
             )
         )
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    return torch.cat(attended, dim=2)[..., :value_dims].transpose(1, 2), None
 
 
 def use_packed_attention(model: Any) -> None:

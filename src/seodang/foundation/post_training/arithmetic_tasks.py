@@ -10,7 +10,8 @@ import re
 from itertools import accumulate, pairwise
 from typing import Any
 
-from seodang.foundation.post_training.problem import Language, Task, Worded
+from seodang.foundation.post_training.problem import Task, Worded
+from seodang.recipe import Language
 
 CHAIN_SUM = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 LEG_COUNTING = {"min_animals": 2, "max_animals": 2, "max_instances": 9}

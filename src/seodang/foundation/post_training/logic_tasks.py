@@ -12,7 +12,8 @@ import re
 from itertools import product
 from typing import Any
 
-from seodang.foundation.post_training.problem import Language, Task, Worded
+from seodang.foundation.post_training.problem import Task, Worded
+from seodang.recipe import Language
 
 AIW = {"task_type_weights": [0.5, 0.5, 0.0], "max_entities": 9}  # siblings, friends, no colleagues
 KNIGHTS_KNAVES = {"n_people": 2, "depth_constraint": 2, "width_constraint": 2}

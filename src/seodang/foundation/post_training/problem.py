@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Language = Literal["ko", "en"]
+from seodang.recipe import Language
+
 Mode = Literal["think", "instant"]
 LANGUAGES: tuple[Language, ...] = ("ko", "en")
 MODES: tuple[Mode, ...] = ("think", "instant")

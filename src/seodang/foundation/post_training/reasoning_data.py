@@ -22,8 +22,9 @@ from seodang.artifact import Artifact, Source, begin, write_atomically
 from seodang.errors import InputError
 from seodang.foundation.post_training import arithmetic_tasks, logic_tasks
 from seodang.foundation.post_training.config import PostTrainingConfig
-from seodang.foundation.post_training.problem import LANGUAGES, VARIANTS, Language, Mode
+from seodang.foundation.post_training.problem import LANGUAGES, VARIANTS, Mode
 from seodang.progress import say
+from seodang.recipe import Language
 
 Split = Literal["train", "overlap", "held-out"]
 KIND = "reasoning-data"
