@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from seodang.artifact import Artifact
 from seodang.errors import InputError
 from seodang.foundation.model_config import ModelConfig
-from seodang.foundation.pretraining.balance import Balance, sequence_loss
+from seodang.foundation.pretraining.balance import Balance, balance_loss
 from seodang.foundation.pretraining.batches import batch, cut, plan_pretraining
 from seodang.foundation.pretraining.config import (
     BalancingConfig,
@@ -229,7 +229,7 @@ def test_the_sequence_loss_is_that_of_the_paper(seed, lengths):
         p = (s / s.sum(1, keepdim=True)).mean(0)
         expected += float((f * p).sum()) * length
         start += length
-    assert float(sequence_loss(logits, chosen, lengths)) == pytest.approx(expected, rel=1e-5)
+    assert float(balance_loss(logits, chosen, lengths)) == pytest.approx(expected, rel=1e-5)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
@@ -315,6 +315,23 @@ def test_the_bias_is_folded_away_while_the_loss_takes_over(made):
     assert sizes[39:] == [0.0] * 11
     assert weights[:21] == [0.001] * 21
     assert weights[40:] == [0.1] * 10
+
+
+@pytest.mark.parametrize("method", ["bias", "sequence"])
+def test_only_the_sequence_wise_loss_looks_at_each_sequence_alone(made, method):
+    store = TokenStore(made[1], "train")
+    ours = module(method=method)
+    one = batch(store, [cut(i, int(store.lengths[i]), 32)[0] for i in (0, 3, 6, 9)])
+    seen = []
+    for router in ours.balance.routers:
+        router.register_forward_hook(lambda *given: seen.append(given[2]))
+    sums = ours(one)
+    lengths = one.lengths if method == "sequence" else [sum(one.lengths)]
+    expected = sum(
+        float(balance_loss(logits, torch.zeros_like(logits).scatter_(1, chosen, 1.0), lengths))
+        for logits, _, chosen in seen
+    )
+    assert float(sums.balance_loss) == pytest.approx(expected, rel=1e-5)
 
 
 # The stage

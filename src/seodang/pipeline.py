@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import MANIFEST, Artifact
+from seodang.artifact import MANIFEST, Artifact, Source
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say
 from seodang.recipe import Recipe, TeacherConfig
@@ -87,34 +87,22 @@ def labelling_teacher(config: TeacherConfig, out: Path) -> TeacherConfig:
 def _run(recipe: Recipe, out: Path) -> RunResult:
     _check_needs(recipe)
     recipe = with_own_teacher(recipe, out)
-    from seodang.causal_lm import load_tokenizer, tokenizer_fingerprint
-    from seodang.corpus.build import build, read_sequences
+    from seodang.corpus.build import read_sequences
     from seodang.evaluation.evaluate import METRICS, evaluate
     from seodang.release import bundle
     from seodang.release.keys import find_or_make_keys
     from seodang.softlabels.capture import capture
     from seodang.softlabels.store import SoftLabelStore
-    from seodang.student.fine_tuning import fine_tune
     from seodang.student.on_policy import improve
     from seodang.student.train import train
     from seodang.teacher import open_teacher
-    from seodang.teacher.local import teacher_directory, teacher_source
 
     result = RunResult(out)
     stage = Stages(out)
     result.stages = stage.done
-    teacher = teacher_directory(recipe.teacher)
-
-    def make_corpus(path: Path) -> Artifact:
-        tokenizer = load_tokenizer(teacher)
-        return build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), path, recipe.tasks)
-
-    corpus = stage("corpus", make_corpus)
-    sources = [*corpus.manifest.sources, teacher_source(recipe.teacher)]
+    made = prepare(recipe, stage)
+    corpus, teacher, sources = made.corpus, made.teacher, made.sources
     labeller = labelling_teacher(recipe.teacher, out)
-    if (tuning := recipe.teacher.fine_tuning) is not None:
-        tune = partial(fine_tune, teacher, corpus, tuning, sources=sources)
-        teacher = stage(TEACHER, tune).path
 
     def make_labels(path: Path) -> Artifact:
         return capture(
@@ -139,6 +127,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
             path,
             objective="cross-entropy",
             same_start_as=student,
+            documents=made.without_answers,
             sources=sources,
         ),
     )
@@ -199,6 +188,51 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
     result.release = released.path
     stage.say_if_nothing_ran()
     return result
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What soft labels are made of.
+
+    ``without_answers``: ids of the training documents that the teacher did not write, if there are
+    others.
+    """
+
+    corpus: Artifact
+    teacher: Path
+    sources: list[Source]
+    without_answers: frozenset[str] | None = None
+
+
+def prepare(recipe: Recipe, stage: Stages) -> Prepared:
+    """The corpus; the teacher, fine-tuned on it if it shall be; and what it answers to requests."""
+    from seodang.causal_lm import load_tokenizer, tokenizer_fingerprint
+    from seodang.corpus.build import build, read_documents
+    from seodang.student.fine_tuning import fine_tune
+    from seodang.teacher.local import teacher_directory, teacher_source
+    from seodang.teacher_answers import answer_requests, with_answers
+
+    teacher = teacher_directory(recipe.teacher)
+    tokenizer = load_tokenizer(teacher)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    made = partial(build, recipe.corpus, tokenizer, fingerprint, tasks=recipe.tasks)
+    corpus = stage("corpus", made)
+    sources = [*corpus.manifest.sources, teacher_source(recipe.teacher)]
+    if (tuning := recipe.teacher.fine_tuning) is not None:
+        tune = partial(fine_tune, teacher, corpus, tuning, sources=sources)
+        teacher = stage(TEACHER, tune).path
+    asked = [task for task in recipe.tasks if task.requests is not None]
+    if not asked:
+        return Prepared(corpus, teacher, sources)
+    labeller = labelling_teacher(recipe.teacher, stage.out)
+    near_duplicate = recipe.corpus.near_duplicate
+    ask = partial(answer_requests, labeller, teacher, asked, near_duplicate, sources=sources)
+    answers = stage("answers", ask)
+    add = partial(with_answers, corpus, answers, asked, recipe.corpus, tokenizer)
+    corpus = stage("corpus-with-answers", add)
+    documents = read_documents(corpus.path, "train")
+    by_hand = frozenset(d["id"] for d in documents if not d.get("written_by_teacher"))
+    return Prepared(corpus, teacher, [*corpus.manifest.sources, sources[-1]], by_hand)
 
 
 def distill(recipe: Recipe, out: Path) -> Artifact:

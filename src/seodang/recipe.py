@@ -347,6 +347,9 @@ class TaskConfig(Section):
         None, min_length=1, description="take only the examples in these (default: all)"
     )
     train: str | None = Field(None, description="task file whose examples the corpus takes in")
+    requests: str | None = Field(
+        None, description="task file without answers: the teacher writes them, the student learns"
+    )
     held_out: str = Field(description="task file whose examples are only measured")
     json_schema: str | None = Field(
         None, alias="schema", description="JSON schema (file) of the answers, of kind json"

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from seodang.artifact import MANIFEST, Artifact, begin, sha256_file, write_atomically, write_json
 from seodang.errors import InputError, WorkFailed
-from seodang.pipeline import TEACHER, labelling_teacher, with_own_teacher
+from seodang.pipeline import labelling_teacher, prepare, with_own_teacher
 from seodang.progress import say
 from seodang.recipe import Recipe, SoftLabelsConfig
-from seodang.stages import claimed
+from seodang.stages import Stages, claimed
 from seodang.sweep_grid import Variant, grid
 
 if TYPE_CHECKING:
@@ -86,14 +86,13 @@ def sweep_failure(result: SweepResult) -> WorkFailed:
 
 
 def _sweep(variants: list[Variant], out: Path) -> SweepResult:
-    from seodang.causal_lm import load_tokenizer, model_fingerprint, tokenizer_fingerprint
-    from seodang.corpus.build import build, read_sequences
+    from seodang.causal_lm import model_fingerprint
+    from seodang.corpus.build import read_sequences
     from seodang.packages import open_package
     from seodang.softlabels.store import SoftLabelStore
-    from seodang.student.fine_tuning import fine_tune
     from seodang.student.start import check_start
     from seodang.student.train import train
-    from seodang.teacher.local import teacher_directory, teacher_source
+    from seodang.teacher.local import teacher_directory
 
     recipe = variants[0].recipe
     for pin in recipe.packages():
@@ -106,12 +105,9 @@ def _sweep(variants: list[Variant], out: Path) -> SweepResult:
         say(
             "The on-policy stage of the recipe is left out: a sweep trains from stored labels alone"
         )
-    tokenizer = load_tokenizer(teacher)
-    corpus = build(recipe.corpus, tokenizer, tokenizer_fingerprint(tokenizer), out / "corpus")
-    sources = [*corpus.manifest.sources, teacher_source(recipe.teacher)]
-    if (tuning := recipe.teacher.fine_tuning) is not None:
-        teacher = fine_tune(teacher, corpus, tuning, out / TEACHER, sources=sources).path
-        recipe = recipe.model_copy(update={"teacher": labelling_teacher(recipe.teacher, out)})
+    made = prepare(recipe, Stages(out))
+    corpus, teacher, sources = made.corpus, made.teacher, made.sources
+    recipe = recipe.model_copy(update={"teacher": labelling_teacher(recipe.teacher, out)})
     labels = _capture(
         recipe,
         read_sequences(corpus.path, "train"),

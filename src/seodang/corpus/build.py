@@ -122,6 +122,48 @@ def build(
     return draft.finish(sources=sources, summary=summary)
 
 
+def extend(
+    corpus: Artifact,
+    documents: Callable[[], list[Document]],
+    digest: str,
+    config: CorpusConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+) -> Artifact:
+    """``corpus`` with further ``documents`` on its training side, which ``digest`` identifies.
+
+    What has the words of a document that is there is left out. In ``documents.jsonl`` the new ones
+    have the key ``written_by_teacher``. Raises what :func:`build` raises for them.
+    """
+    draft = begin(out, "corpus", corpus.manifest.config, {"corpus": corpus.digest, "added": digest})
+    if isinstance(draft, Artifact):
+        return draft
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = read_documents(corpus.path)
+    known = {line["id"] for line in lines}
+    dropped: _Dropped = defaultdict(Counter)
+    added = [d for d in without_duplicates(documents()) if d.id not in known]
+    groups = [Cluster(sha256_bytes(document.id.encode()), [document]) for document in added]
+    entries = _tokenize(groups, tokenizer, config, dropped)
+    sides: dict[str, Side] = {entry.cluster: "train" for entry in entries}
+    lines += [_line(entry, "train") | {"written_by_teacher": True} for entry in entries]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (out / DOCUMENTS).write_text(text, encoding="utf-8", newline="\n")
+    _write_sequences(entries, sides, out / SEQUENCES)
+    both = [pq.read_table(folder / SEQUENCES) for folder in (corpus.path, out)]
+    pq.write_table(pa.concat_tables(both), out / SEQUENCES, compression="zstd")
+    summary = dict(corpus.manifest.summary)
+    new = _summary(entries, sides, dropped)
+    for key in ("documents", "tokens", "labelled_tokens"):
+        summary[key] = {side: count + new[key][side] for side, count in summary[key].items()}
+    sources = [*corpus.manifest.sources]
+    for source in _task_sources([entry.document for entry in entries], entries):
+        sources.append(source.model_copy(update={"name": f"{source.name}; the teacher's answers"}))
+    return draft.finish(sources=sources, summary=summary)
+
+
 def read_documents(corpus: Path, side: Side | None = None) -> list[dict[str, Any]]:
     """The documents of a corpus artifact (of one ``side`` of the split) as in documents.jsonl."""
     Artifact.open(corpus, "corpus")

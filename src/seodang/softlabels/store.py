@@ -120,6 +120,12 @@ class SoftLabelStore:
         shards = map(self._open, range(len(self._shards)))
         return np.concatenate([np.diff(shard.labelled_start) for shard in shards])
 
+    @cached_property
+    def document_ids(self) -> list[str]:
+        """The document of every sequence, without reading its labels."""
+        shards = map(self._open, range(len(self._shards)))
+        return [shard.document_id(row) for shard in shards for row in range(len(shard))]
+
     def __len__(self) -> int:
         return int(self._first[-1])
 

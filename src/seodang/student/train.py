@@ -8,13 +8,23 @@ first, so that a run that was killed goes on with it, and a baseline can start f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seodang.artifact import Artifact, Draft, Source, begin, sha256_file, write_json
+from seodang.artifact import (
+    Artifact,
+    Draft,
+    Source,
+    begin,
+    canonical_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 from seodang.causal_lm import (
     CausalLM,
     copy_tokenizer,
@@ -62,6 +72,7 @@ def train(
     objective: Objective = "soft-labels",
     same_start_as: Artifact | None = None,
     continue_from: Artifact | None = None,
+    documents: frozenset[str] | None = None,
     sources: Sequence[Source] = (),
 ) -> Artifact:
     """Train a student on ``store``; resumes what ``out`` holds.
@@ -70,6 +81,7 @@ def train(
     ``objective`` "cross-entropy" trains on the same batches by the observed tokens alone: the
     baseline that distillation must beat, from the ``same_start_as`` the student. ``continue_from``
     goes on from a finished student's weights, in its vocabulary, instead of the recipe's start.
+    With ``documents`` (ids) it sees no others, but these more often: in as many steps as all take.
 
     Started by torchrun, all its processes train the one student.
 
@@ -79,14 +91,16 @@ def train(
     with join() as processes:
         draft: Draft | Artifact | None = None
         if processes.first:
-            draft = _begin(store, teacher, config, out, objective, same_start_as, continue_from)
+            draft = _begin(
+                store, teacher, config, out, objective, same_start_as, continue_from, documents
+            )
         (finished,) = processes.add([float(isinstance(draft, Artifact))])
         if finished:
             return draft if isinstance(draft, Artifact) else Artifact.open(out, "student")
         if isinstance(draft, Draft) and not (out / START).exists():
-            _decide(store, teacher, config, out, same_start_as, continue_from)
+            _decide(store, teacher, config, out, same_start_as, continue_from, documents)
         processes.wait()
-        _fit(store, teacher, config, out, objective, continue_from, processes)
+        _fit(store, teacher, config, out, objective, continue_from, documents, processes)
         if isinstance(draft, Draft):
             draft.finish(
                 sources=sources,
@@ -106,6 +120,7 @@ def _begin(
     objective: Objective,
     same_start_as: Artifact | None,
     continue_from: Artifact | None,
+    documents: frozenset[str] | None,
 ) -> Draft | Artifact:
     """Check what can be checked before any work, and open ``out``."""
     store.check_tokenizer(tokenizer_fingerprint(load_tokenizer(teacher)))
@@ -121,6 +136,8 @@ def _begin(
     else:
         check_start(teacher, config)
         inputs["start"] = model_fingerprint(start_directory(teacher, config))
+    if documents is not None:
+        inputs["documents"] = sha256_bytes(canonical_json(sorted(documents)))
     if same_start_as is not None:
         for name in (START, VOCABULARY):
             if (same_start_as.path / name).exists():
@@ -139,6 +156,7 @@ def _decide(
     out: Path,
     same_start_as: Artifact | None,
     continue_from: Artifact | None,
+    documents: frozenset[str] | None,
 ) -> None:
     """Write down the start, the vocabulary and the tokenizer."""
     given = same_start_as or continue_from
@@ -158,7 +176,7 @@ def _decide(
         choice = {}
     else:
         choice = choose_start(teacher, store, config)
-    steps, lengths, labelled = _steps(store, config, vocabulary)
+    steps, lengths, labelled = _steps(store, config, vocabulary, documents)
     used = [index for step in steps for index in step]
     summary: dict[str, Any] = {
         "steps": len(steps),
@@ -171,7 +189,10 @@ def _decide(
 
 
 def _steps(
-    store: SoftLabelStore, config: StudentConfig, vocabulary: TrimmedVocabulary | None
+    store: SoftLabelStore,
+    config: StudentConfig,
+    vocabulary: TrimmedVocabulary | None,
+    documents: frozenset[str] | None,
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """The sequences of every step; tokens and labelled positions of every sequence."""
     if vocabulary is None:
@@ -179,6 +200,16 @@ def _steps(
     else:
         lengths, labelled = trimmed_lengths(store, vocabulary)
     steps = plan_steps(lengths.tolist(), config.batch_tokens, config.epochs, config.seed)
+    if documents is not None:
+        kept = [index for index, name in enumerate(store.document_ids) if name in documents]
+        if not kept:
+            raise InputError(
+                f"{store.path}: no document that the baseline could learn from: the teacher "
+                "answered all of them; give a task a `train` file, or the corpus a source"
+            )
+        often = math.ceil(config.epochs * lengths.sum() / lengths[kept].sum()) + 1
+        some = plan_steps(lengths[kept].tolist(), config.batch_tokens, often, config.seed)
+        steps = [[kept[place] for place in step] for step in some[: len(steps)]]
     return steps, lengths.tolist(), labelled.tolist()
 
 
@@ -189,6 +220,7 @@ def _fit(
     out: Path,
     objective: Objective,
     continue_from: Artifact | None,
+    documents: frozenset[str] | None,
     processes: Processes,
 ) -> None:
     """Train the student that was decided on, and write its weights."""
@@ -205,7 +237,7 @@ def _fit(
     module.accumulate_head_gradient = processes.count == 1  # FSDP looks for it where autograd ends
     processes.shard(module, list(model.base_model.layers))
 
-    steps, lengths, labelled = _steps(store, config, vocabulary)
+    steps, lengths, labelled = _steps(store, config, vocabulary, documents)
 
     def packed(members: Sequence[int]) -> Pack:
         return pack([checked(store, index, vocabulary) for index in members], objective)

@@ -7,9 +7,13 @@ added up. After every step the bias of an expert that had more than the mean loa
 
 The released A.X K1 has no such bias. It cannot be folded into the router's weights exactly, which
 are linear in the token; so it is *annealed*: from ``fold_from`` to ``fold_until`` of the steps it
-goes linearly to zero while the sequence-wise loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20) takes
-over, and the rest of the training runs without. What is released is what was trained at the end,
-and the load that the log shows over the last steps is the load of the released model.
+goes linearly to zero while a balance loss takes over, and the rest of the training runs without.
+What is released is what was trained at the end, and the load that the log shows over the last steps
+is the load of the released model. Like the bias, that loss looks at all tokens of a forward pass
+together: asking for equal loads in every sequence keeps experts from a language or subject of their
+own (Qiu et al., arXiv 2501.11873), which costs a small model all that its experts gain.
+
+**Sequence-wise loss** alone (DeepSeek-V3, arXiv 2412.19437, eq. 17-20) is the other method.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ class Balance(torch.nn.Module):
 
     @property
     def loss_weight(self) -> float:
-        """Weight of the sequence-wise loss in the step that comes."""
+        """Weight of the balance loss in the step that comes."""
         config = self.config
         if config.method == "none":
             return 0.0
@@ -80,15 +84,16 @@ class Balance(torch.nn.Module):
         self._seen.clear()
 
     def count(self, lengths: Sequence[int]) -> torch.Tensor:
-        """Count the tokens of each expert in this pass; gives the sequence-wise loss.
+        """Count the tokens of each expert in this pass; gives the balance loss.
 
         ``lengths`` of the sequences that stand end to end. The loss, summed over layers, counts
         each sequence as often as it has tokens, so that it is a sum over tokens like the others.
         """
+        together = lengths if self.config.method == "sequence" else [sum(lengths)]
         found, losses = [], []
         for logits_TE, chosen_TK in self._seen:
             chosen_TE = torch.zeros_like(logits_TE).scatter_(1, chosen_TK, 1.0)
-            losses.append(sequence_loss(logits_TE, chosen_TE, lengths))
+            losses.append(balance_loss(logits_TE, chosen_TE, together))
             entropy = score_entropy(logits_TE)
             found.append(torch.cat([chosen_TE.detach().sum(0), entropy[None]]).double())
         found_LE = torch.stack(found)
@@ -150,10 +155,10 @@ class Balance(torch.nn.Module):
                 bias_E += self.config.rate * (load_E.mean() - load_E).sign().to(bias_E)
 
 
-def sequence_loss(
+def balance_loss(
     logits_TE: torch.Tensor, chosen_TE: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
-    """Sequence-wise balance loss of one layer, without its factor; DeepSeek-V3, eq. 17-20.
+    """Balance loss of one layer, without its factor; DeepSeek-V3, eq. 17-20.
 
     Per sequence: sum over experts of f_i P_i, where f_i is the share of the sequence's tokens that
     chose expert i over the share under equal load, and P_i the mean of its normalised scores.

@@ -20,7 +20,7 @@ class PretrainingSums(NamedTuple):
     """Sums over tokens, in nats, times a factor; ``total`` is differentiable.
 
     ``mtp_loss`` is the mean over the multi-token-prediction layers, ``balance_loss`` the
-    sequence-wise one without its factor, summed over layers.
+    routers' without its factor, summed over layers.
     """
 
     total: torch.Tensor

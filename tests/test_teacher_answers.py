@@ -1,0 +1,187 @@
+"""Answers that the teacher writes: to which requests, which are kept, and who learns from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from seodang.artifact import Artifact
+from seodang.corpus.build import read_documents, read_sequences
+from seodang.corpus.tasks import read_requests, unseen_requests
+from seodang.errors import InputError
+from seodang.evaluation.structured import parsed, problem
+from seodang.evaluation.tasks import load_task
+from seodang.pipeline import run
+from seodang.recipe import TaskConfig
+from seodang.recipe_file import load_recipe
+from seodang.release.provenance import training_data
+from seodang.softlabels.store import open as open_store
+from seodang.teacher_answers import answer_requests
+from seodang.training.log import LOG, read_rows
+from tiny_run import tiny_recipe
+from tiny_tasks import REFUSAL, SCHEMA, task_lines, tiny_tasks, write_lines
+
+
+def requests(kind: str, numbers: range) -> list[dict[str, Any]]:
+    """Lines of a file of requests: examples without what is known of their answers."""
+    unknown = ("answer", "relevance")
+    return [
+        {k: v for k, v in line.items() if k not in unknown} for line in task_lines(kind, numbers)
+    ]
+
+
+def tasks_with_requests(folder: Path, numbers: range = range(20, 23)) -> list[dict[str, Any]]:
+    found = tiny_tasks(folder)
+    for task in found:
+        lines = requests(task["kind"], numbers)
+        task["requests"] = write_lines(folder / f"{task['name']}.requests.jsonl", lines).name
+    return found
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    student = {"epochs": 1, "batch_tokens": 256}
+    file = tiny_recipe(folder, release={"quantizations": []}, student=student)
+    values = yaml.safe_load(file.read_text())
+    values["tasks"] = [t for t in tasks_with_requests(folder) if t["name"] in ("routing", "order")]
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="module")
+def out(recipe: Path) -> Path:
+    return run(load_recipe(recipe), recipe.parent / "out").out
+
+
+def task(folder: Path, kind: Any, asked: list[dict[str, Any]], **changes: Any) -> TaskConfig:
+    train, held_out = task_lines(kind, range(10, 12)), task_lines(kind, range(4))
+    return TaskConfig(
+        name="t",
+        kind=kind,
+        train=str(write_lines(folder / "train.jsonl", train)),
+        held_out=str(write_lines(folder / "held-out.jsonl", held_out)),
+        requests=str(write_lines(folder / "requests.jsonl", asked)),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("kind", ["choice", "ranking", "json", "answer"])
+def test_requests_are_read_without_answers(kind: Any, tmp_path: Path) -> None:
+    lines = requests(kind, range(3))
+    found = read_requests(write_lines(tmp_path / "r.jsonl", lines), kind)
+    assert [r.model_dump(exclude_none=True) for r in found] == lines
+    answered = write_lines(tmp_path / "answered.jsonl", task_lines(kind, range(3)))
+    with pytest.raises(InputError, match=r"answered\.jsonl:1: unknown key `answer`"):
+        read_requests(answered, kind)
+    del lines[0]["group" if kind == "ranking" else "language"]
+    with pytest.raises(InputError, match=r"r\.jsonl:1: .*(group|language)"):
+        read_requests(write_lines(tmp_path / "r.jsonl", lines), kind)
+
+
+def test_nothing_that_is_known_or_measured_is_asked(tmp_path: Path) -> None:
+    new = requests("choice", range(30, 32))
+    known = requests("choice", range(10, 11))
+    held_out = requests("choice", range(2, 3))
+    shouted = [{**line, "id": f"{line['id']}-2"} for line in new]
+    for line in shouted:
+        system, user = line["messages"]
+        line["messages"] = [system, {**user, "content": user["content"].upper() + "!"}]
+    config = task(tmp_path, "choice", [*new, *known, *held_out, *shouted])
+    assert [r.id for r in unseen_requests(config, 1.0)] == [line["id"] for line in new]
+    # Of a threshold so low that whatever shares three words with a held-out request is near it.
+    assert len(unseen_requests(config, 0.01)) < len(new)
+
+
+def test_answers_keep_to_their_task_and_the_others_are_counted(recipe: Path) -> None:
+    folder = recipe.parent
+    tasks = [TaskConfig.model_validate(t) for t in tasks_with_requests(folder)]
+    tasks = [
+        t.model_copy(
+            update={
+                key: str(folder / value)
+                for key in ("train", "held_out", "requests", "json_schema")
+                if (value := getattr(t, key)) is not None
+            }
+        )
+        for t in tasks
+    ]
+    teacher = load_recipe(recipe).teacher
+    made = answer_requests(teacher, folder / "teacher", tasks, 1.0, folder / "answers")
+    lines = [json.loads(line) for line in (made.path / "answers.jsonl").open(encoding="utf-8")]
+    assert len(lines) == sum(len(unseen_requests(t, 1.0)) for t in tasks)
+    dropped = [line["dropped"] for line in lines if line["dropped"]]
+    counts = made.manifest.summary["answers"]
+    assert sum(counts.values()) == len(lines)
+    assert counts.get("kept", 0) == len(lines) - len(dropped)
+    for line in lines:
+        if line["task"] in ("routing", "search"):
+            assert line["answer"] in line["choices"]
+        if line["task"] == "order" and not line["dropped"]:
+            assert problem(parsed(line["answer"]), SCHEMA) is None
+        if line["task"] == "help" and not line["dropped"]:
+            assert line["answer"] == REFUSAL or line["answer"] in line["messages"][1]["content"]
+    # A random teacher does not speak the request's words.
+    assert "not in the request" in counts
+    again = answer_requests(teacher, folder / "teacher", tasks, 1.0, folder / "answers")
+    assert again.digest == made.digest
+
+
+def test_the_student_learns_from_them_and_the_baseline_does_not(recipe: Path, out: Path) -> None:
+    corpus = Artifact.open(out / "corpus-with-answers", "corpus")
+    documents = read_documents(corpus.path)
+    written = {d["id"] for d in documents if d.get("written_by_teacher")}
+    before = read_documents(out / "corpus")
+    assert written
+    assert [d for d in documents if d["id"] not in written] == before
+    assert {(d["split"], d["synthetic"]) for d in documents if d["id"] in written} == {
+        ("train", True)
+    }
+    answers = [json.loads(line) for line in (out / "answers" / "answers.jsonl").open()]
+    kept = {f"{a['task']}#{a['id']}" for a in answers if a["dropped"] is None}
+    assert {d["origin"] for d in documents if d["id"] in written} <= kept
+    held_out = [read_sequences(out / name, "held_out") for name in ("corpus", corpus.path.name)]
+    assert [s.digest for s in held_out[0]] == [s.digest for s in held_out[1]]
+    store = open_store(out / "soft-labels")
+    assert written <= set(store.document_ids)
+    student, baseline = (Artifact.open(out / name) for name in ("student", "cross-entropy"))
+    assert "documents" not in student.manifest.inputs
+    assert "documents" in baseline.manifest.inputs
+    rows = [read_rows(out / name / LOG) for name in ("student", "cross-entropy")]
+    assert len({len(steps) for steps in rows}) == 1
+    # Every epoch of the baseline is shorter, so that the same steps hold its documents more often.
+    of_hand = sum(
+        s for s, d in zip(store.lengths, store.document_ids, strict=True) if d not in written
+    )
+    assert baseline.manifest.summary["tokens"] > of_hand
+    assert student.manifest.summary["tokens"] == store.lengths.sum()
+    made = [s for s in training_data(corpus) if s.category == "synthetic"]
+    assert made
+
+
+def test_without_anything_else_the_baseline_has_nothing_to_learn(
+    recipe: Path, tmp_path: Path
+) -> None:
+    from seodang.student.train import train
+
+    recipe_ = load_recipe(recipe)
+    store = open_store(recipe.parent / "out" / "soft-labels")
+    with pytest.raises(InputError, match="give a task a `train` file"):
+        train(
+            store,
+            recipe.parent / "teacher",
+            recipe_.student,
+            tmp_path / "none",
+            objective="cross-entropy",
+            documents=frozenset({"gone"}),
+        )
+
+
+def test_the_measured_task_is_not_changed_by_its_requests(recipe: Path) -> None:
+    tasks = load_recipe(recipe).tasks
+    plain = [t.model_copy(update={"requests": None}) for t in tasks]
+    assert [load_task(t).digest for t in tasks] == [load_task(t).digest for t in plain]
