@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +102,40 @@ def test_nothing_is_measured_again(result: RunResult) -> None:
     recipe = load_recipe(result.out.parent / "recipe.yaml")
     again = run(recipe, result.out)
     assert not any(stage["ran"] for stage in again.stages.values())
+
+
+@pytest.fixture
+def results() -> Any:
+    """The script that makes the page of results."""
+    file = Path(__file__).parent.parent / "benchmarks" / "results.py"
+    spec = importlib.util.spec_from_file_location("results", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_results_page_says_what_the_run_measured(
+    result: RunResult, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "KEPT", tmp_path / "results")
+    file = results.keep(result.out)
+    page = results.page([file])
+    assert "The gate **passed**" in page
+    for task in ("routing", "help"):
+        assert f"### {task}\n" in page
+    found = result.metrics["tasks"]["routing"]["student"]["accuracy"]
+    row = next(line for line in page.splitlines() if line.startswith("| **student**"))
+    assert f" {found['value']:.3f} ({found['low']:.3f}–{found['high']:.3f}) " in row
+    assert "16 held-out examples in English and Korean, 16 of them synthetic." in page
+    kept = json.loads(file.read_text())
+    kept["gate"]["checks"][0] |= {"passed": False, "value": 0.25, "threshold": 0.5}
+    file.write_text(json.dumps(kept))
+    failed = results.page([file])
+    assert "The gate **failed 1 of its" in failed
+    assert f"- {kept['gate']['checks'][0]['name']}: 0.25 must be" in failed
+
+
+def test_the_committed_page_is_made_of_the_committed_files(results: Any) -> None:
+    assert results.PAGE.read_text("utf-8") == results.page(sorted(results.KEPT.glob("*.json")))

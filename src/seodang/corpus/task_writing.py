@@ -98,15 +98,20 @@ def _distinct(examples: Iterable[Example], text: Callable[[Example], str]) -> di
 
 
 def write_task(
-    folder: Path, name: str, train: Iterable[Example], held_out: Iterable[Example]
+    folder: Path,
+    name: str,
+    train: Iterable[Example],
+    held_out: Iterable[Example],
+    requests: Iterable[Example] = (),
 ) -> None:
-    """Write both sides of a task, or the one that has examples.
+    """Write both sides of a task, or the one that has examples, and requests without answers.
 
     Raises ``ValueError`` for a question that stands twice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    for side, examples in (("train", [*train]), ("held-out", [*held_out])):
+    sides = {"train": [*train], "requests": [*requests], "held-out": [*held_out]}
+    for side, examples in sides.items():
         if not examples:
             continue
         with (folder / f"{name}.{side}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -114,7 +119,8 @@ def write_task(
                 if user_text(asked) in seen:
                     raise ValueError(f"{name}: asked twice: {user_text(asked)!r}")
                 seen.add(user_text(asked))
-                line = asked.model_dump(exclude_none=True)
+                unknown = {"answer", "relevance"} if side == "requests" else None
+                line = asked.model_dump(exclude_none=True, exclude=unknown)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -39,9 +39,9 @@ class BalancingConfig(Section):
         0.6, gt=0, le=1, description="share of the steps after which there is none"
     )
     weight: float = Field(
-        0.0001, ge=0, description="of the balance loss, before the bias is folded away"
+        0.05, ge=0, description="of the balance loss, before the bias is folded away"
     )
-    fold_weight: float = Field(0.5, ge=0, description="of the balance loss, once the bias is gone")
+    fold_weight: float = Field(0.1, ge=0, description="of the balance loss, once the bias is gone")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -99,13 +99,13 @@ class _Experts(torch.autograd.Function):
             hidden = active * up
             grad_hidden = linear(grad, w2)
             torch.linalg.vecdot(grad_hidden, hidden, out=grad_weight)
-            torch.mm(grad.T, hidden.mul_(weight), out=grad_w2)
+            grad_w2.copy_(linear(grad.T, hidden.mul_(weight).T))
             grad_hidden.mul_(weight)
             grad_gate_up = torch.empty_like(gate_up)
             grad_gate, grad_up = grad_gate_up.chunk(2, 1)
             torch.mul(grad_hidden, active, out=grad_up)
             grad_gate.copy_(torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate))
-            torch.mm(grad_gate_up.T, x, out=grad_w1)
+            grad_w1.copy_(linear(grad_gate_up.T, x.T))
             grad_x.copy_(linear(grad_gate_up, w1))
         grad_x_TH = embedding_bag(slot_TK, grad_x_SH, mode="sum")
         return grad_x_TH, grad_gate_up_EFH, grad_down_EHI, None, grad_weight_S[slot_TK]
