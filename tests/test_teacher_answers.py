@@ -16,14 +16,23 @@ from seodang.errors import InputError
 from seodang.evaluation.structured import parsed, problem
 from seodang.evaluation.tasks import load_task
 from seodang.pipeline import run
-from seodang.recipe import TaskConfig
+from seodang.recipe import TaskConfig, TeacherConfig
 from seodang.recipe_file import load_recipe
 from seodang.release.provenance import training_data
 from seodang.softlabels.store import open as open_store
 from seodang.teacher_answers import answer_requests
 from seodang.training.log import LOG, read_rows
+from served import NAME, running, tiny_release
+from tiny import tiny_teacher
 from tiny_run import tiny_recipe
 from tiny_tasks import REFUSAL, SCHEMA, task_lines, tiny_tasks, write_lines
+
+SHORT = {
+    "type": "object",
+    "properties": {"topic": {"enum": ["card", "phone"]}},
+    "required": ["topic"],
+    "additionalProperties": False,
+}
 
 
 def requests(kind: str, numbers: range) -> list[dict[str, Any]]:
@@ -129,6 +138,26 @@ def test_answers_keep_to_their_task_and_the_others_are_counted(recipe: Path) -> 
     assert "not in the request" in counts
     again = answer_requests(teacher, folder / "teacher", tasks, 1.0, folder / "answers")
     assert again.digest == made.digest
+
+
+def test_a_served_teacher_is_asked_to_chat(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    schema = write_lines(tmp_path / "schema.json", [SHORT])
+    order = task(tmp_path, "json", requests("json", range(30, 31)), schema=str(schema))
+    lines = [
+        {**line, "answer": '{"topic": "card"}' + " " * 300} for line in task_lines("json", range(4))
+    ]
+    write_lines(tmp_path / "train.jsonl", lines[:4])
+    write_lines(tmp_path / "held-out.jsonl", lines[4:])
+    model = tiny_teacher(tmp_path / "model", layers=1)
+    with running(tiny_release(tmp_path_factory.getbasetemp())) as (_, service):
+        teacher = TeacherConfig(path=str(model), server=service["api"], model=NAME)
+        made = answer_requests(teacher, model, [order], 1.0, tmp_path / "answers")
+    lines = [json.loads(line) for line in (made.path / "answers.jsonl").open(encoding="utf-8")]
+    assert [line["id"] for line in lines] == [r.id for r in unseen_requests(order, 1.0)]
+    assert {line["dropped"] for line in lines} == {None}  # a random model, under the schema
+    assert all(problem(parsed(line["answer"]), SHORT) is None for line in lines)
 
 
 def test_the_student_learns_from_them_and_the_baseline_does_not(recipe: Path, out: Path) -> None:

@@ -5,10 +5,11 @@
 
 Labelled examples are few, requests are many. What the teacher answers to them is distilled like
 any document (sequence-level distillation: Kim and Rush, arXiv 1606.07947), with its distributions
-as soft labels. A local teacher answers here, in batches; a served one is asked over its API.
+as soft labels. A local teacher answers here, in batches; a served one is asked to chat, several
+requests at a time, and says its choice where there are choices.
 
-Answers are greedy, so that the same teacher gives the same ones. Of a task with choices the answer
-is the likeliest; JSON is written under the task's schema. What then fails a check is left out, and
+Answers are greedy, so that the same teacher gives the same ones. A local teacher's choice is the
+likeliest; JSON is written under the task's schema. What then fails a check is left out, and
 counted: JSON that is cut off or breaks its schema, an empty answer, and, where a task knows a
 refusal, an answer that is neither that nor the request's own words.
 """
@@ -127,7 +128,7 @@ def _asked(teacher: TeacherConfig, directory: Path) -> Respond:
     from seodang.evaluation.harness import HarnessModel
 
     assert teacher.model is not None
-    served = HarnessModel.served(teacher.server, teacher.model, directory)
+    served = HarnessModel.served(teacher.server, teacher.model, None)
     return lambda task, _: served.respond(task)
 
 
