@@ -39,8 +39,9 @@ from seodang.recipe import Quantization, StudentConfig, VocabularyConfig
 from seodang.release import gguf
 from seodang.softlabels.store import SoftLabelStore
 from seodang.softlabels.store import open as open_store
+from seodang.student.distillation import Distillation
 from seodang.student.packing import pack
-from seodang.student.train import Distillation, checked, train, vocabulary_of
+from seodang.student.train import checked, train, vocabulary_of
 from seodang.student.vocabulary import (
     VOCABULARY,
     TrimmedVocabulary,

@@ -18,7 +18,8 @@ from seodang.errors import InputError
 from seodang.recipe import StudentConfig
 from seodang.softlabels import open as open_store
 from seodang.softlabels.shards import read_footer
-from seodang.student.train import Distillation, train
+from seodang.student.distillation import Distillation
+from seodang.student.train import train
 from tiny import tiny_teacher
 from tiny_store import LAYOUTS, config_of, sequences, synthetic_store
 

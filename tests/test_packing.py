@@ -18,8 +18,8 @@ from transformers import (
 from seodang.recipe import SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
+from seodang.student.distillation import Distillation
 from seodang.student.packing import hidden_states, pack
-from seodang.student.train import Distillation
 from seodang.teacher.local import LocalTeacher
 from seodang.training.attention import use_packed_attention
 from tiny import tiny_teacher

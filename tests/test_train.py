@@ -18,7 +18,8 @@ from seodang.errors import InputError, WorkFailed
 from seodang.recipe import SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
-from seodang.student.train import Distillation, train, untrained
+from seodang.student.distillation import Distillation
+from seodang.student.train import train, untrained
 from seodang.teacher.local import LocalTeacher
 from seodang.training import checkpoint
 from seodang.training.attention import use_packed_attention
@@ -228,7 +229,9 @@ def test_gradient_accumulation_equals_the_large_batch(
 ):
     packs = []
     calls_before(monkeypatch, packs.append)
-    monkeypatch.setattr("seodang.student.train.CPU_PACK_TOKENS", 48)  # what None means on a CPU
+    monkeypatch.setattr(
+        "seodang.student.distillation.CPU_PACK_TOKENS", 48
+    )  # what None means on a CPU
     small = train(store, teacher, changed(micro_batch_tokens=pack_tokens), tmp_path / "s")
     assert len(packs) > 1.2 * len(read_rows(small.path / LOG))
     for row, expected in zip(

@@ -18,8 +18,13 @@ from seodang.artifact import Artifact, Source, begin
 from seodang.causal_lm import CausalLM, copy_tokenizer, model_fingerprint
 from seodang.corpus.build import read_sequences
 from seodang.recipe import StudentConfig, TeacherTuningConfig
+from seodang.student.distillation import (
+    Distillation,
+    make_optimizer,
+    make_trainable,
+    plan_packs,
+)
 from seodang.student.packing import Pack, pack
-from seodang.student.train import Distillation, make_optimizer, make_trainable, plan_packs
 from seodang.training.log import EVENTS, SPEED
 from seodang.training.loop import CHECKPOINTS, run
 from seodang.training.parallel import join

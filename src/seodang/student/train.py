@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ from seodang.causal_lm import (
     tokenizer_fingerprint,
 )
 from seodang.errors import InputError
-from seodang.recipe import StudentConfig, TrainingConfig
+from seodang.recipe import StudentConfig
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore, check_tokens
-from seodang.student.divergences import sparse_divergence_terms
-from seodang.student.losses import LossTerms, sparse_kd_terms
-from seodang.student.packing import Objective, Pack, hidden_states, pack
+from seodang.student.distillation import (
+    Distillation,
+    make_optimizer,
+    make_trainable,
+    plan_packs,
+)
+from seodang.student.packing import Objective, Pack, pack
 from seodang.student.start import build_start, check_start, choose_start, start_directory
 from seodang.student.vocabulary import (
     VOCABULARY,
@@ -49,16 +54,12 @@ from seodang.student.vocabulary import (
     trimmed_lengths,
     trimming_report,
 )
-from seodang.training.attention import use_packed_attention
-from seodang.training.gated_mlp import use_lean_mlps
 from seodang.training.log import EVENTS, SPEED
-from seodang.training.loop import CHECKPOINTS, Plan, run
+from seodang.training.loop import CHECKPOINTS, run
 from seodang.training.parallel import Processes, join, whole_state
-from seodang.training.plan import plan_steps, share
-from seodang.training.products import use_fast_products
+from seodang.training.plan import plan_steps
 
 START = "start.json"
-CPU_PACK_TOKENS = 512  # activations of more add to the peak; products of fewer are slow
 # Keys that change nothing of the student: where it starts is told by fingerprint, not by path.
 _NOT_IDENTITY = {"path", "checkpoint_steps", "keep_checkpoints", "on_policy"}
 
@@ -88,19 +89,18 @@ def train(
     Raises ``InputError`` if the store was made with another tokenizer, its tokens were changed,
     or the start is impossible, and ``WorkFailed`` if the loss stops being finite.
     """
+    job = _Job(store, teacher, config, out, objective, same_start_as, continue_from, documents)
     with join() as processes:
         draft: Draft | Artifact | None = None
         if processes.first:
-            draft = _begin(
-                store, teacher, config, out, objective, same_start_as, continue_from, documents
-            )
+            draft = _begin(job)
         (finished,) = processes.add([float(isinstance(draft, Artifact))])
         if finished:
             return draft if isinstance(draft, Artifact) else Artifact.open(out, "student")
         if isinstance(draft, Draft) and not (out / START).exists():
-            _decide(store, teacher, config, out, same_start_as, continue_from, documents)
+            _decide(job)
         processes.wait()
-        _fit(store, teacher, config, out, objective, continue_from, documents, processes)
+        _fit(job, processes)
         if isinstance(draft, Draft):
             draft.finish(
                 sources=sources,
@@ -112,18 +112,30 @@ def train(
         return Artifact.open(out, "student")
 
 
-def _begin(
-    store: SoftLabelStore,
-    teacher: Path,
-    config: StudentConfig,
-    out: Path,
-    objective: Objective,
-    same_start_as: Artifact | None,
-    continue_from: Artifact | None,
-    documents: frozenset[str] | None,
-) -> Draft | Artifact:
+@dataclass(frozen=True)
+class _Job:
+    """What :func:`train` was asked for."""
+
+    store: SoftLabelStore
+    teacher: Path
+    config: StudentConfig
+    out: Path
+    objective: Objective
+    same_start_as: Artifact | None
+    continue_from: Artifact | None
+    documents: frozenset[str] | None
+
+    def start(self) -> Any:
+        """The model to train, once it was decided on."""
+        if self.continue_from is not None:
+            return CausalLM.load(self.continue_from.path, torch.device("cpu")).model
+        return untrained(self.out, self.teacher, self.config)
+
+
+def _begin(job: _Job) -> Draft | Artifact:
     """Check what can be checked before any work, and open ``out``."""
-    store.check_tokenizer(tokenizer_fingerprint(load_tokenizer(teacher)))
+    store, config = job.store, job.config
+    store.check_tokenizer(tokenizer_fingerprint(load_tokenizer(job.teacher)))
     if config.divergence != "forward-kl" and store.estimator not in ("residual", "top-k"):
         raise InputError(
             f"student.divergence {config.divergence} needs the teacher's probabilities of the "
@@ -131,52 +143,45 @@ def _begin(
             "to residual"
         )
     inputs = {"soft_labels": store.artifact.digest}
-    if continue_from is not None:
-        inputs["continue_from"] = continue_from.digest
+    if job.continue_from is not None:
+        inputs["continue_from"] = job.continue_from.digest
     else:
-        check_start(teacher, config)
-        inputs["start"] = model_fingerprint(start_directory(teacher, config))
-    if documents is not None:
-        inputs["documents"] = sha256_bytes(canonical_json(sorted(documents)))
-    if same_start_as is not None:
+        check_start(job.teacher, config)
+        inputs["start"] = model_fingerprint(start_directory(job.teacher, config))
+    if job.documents is not None:
+        inputs["documents"] = sha256_bytes(canonical_json(sorted(job.documents)))
+    if job.same_start_as is not None:
         for name in (START, VOCABULARY):
-            if (same_start_as.path / name).exists():
-                inputs[name] = sha256_file(same_start_as.path / name)
-    used = {**config.model_dump(exclude=_NOT_IDENTITY), "objective": objective}
-    draft = begin(out, "student", used, inputs)
+            if (job.same_start_as.path / name).exists():
+                inputs[name] = sha256_file(job.same_start_as.path / name)
+    used = {**config.model_dump(exclude=_NOT_IDENTITY), "objective": job.objective}
+    draft = begin(job.out, "student", used, inputs)
     if isinstance(draft, Draft) and (problems := store.artifact.verify()):
         raise InputError(f"{store.path}: " + "; ".join(problems))
     return draft
 
 
-def _decide(
-    store: SoftLabelStore,
-    teacher: Path,
-    config: StudentConfig,
-    out: Path,
-    same_start_as: Artifact | None,
-    continue_from: Artifact | None,
-    documents: frozenset[str] | None,
-) -> None:
+def _decide(job: _Job) -> None:
     """Write down the start, the vocabulary and the tokenizer."""
-    given = same_start_as or continue_from
+    store, teacher, out = job.store, job.teacher, job.out
+    given = job.same_start_as or job.continue_from
     vocabulary = None
     if given is not None and (given.path / VOCABULARY).exists():
         vocabulary = TrimmedVocabulary.load(given.path / VOCABULARY)
-    elif given is None and config.vocabulary is not None:
-        vocabulary = choose_vocabulary(teacher, store, config.vocabulary)
+    elif given is None and job.config.vocabulary is not None:
+        vocabulary = choose_vocabulary(teacher, store, job.config.vocabulary)
     if vocabulary is not None:
         vocabulary.save(out / VOCABULARY)
         trim_tokenizer(teacher, vocabulary, out)
     else:
         copy_tokenizer(teacher, out)
-    if same_start_as is not None:
-        choice = json.loads((same_start_as.path / START).read_bytes())["choice"]
-    elif continue_from is not None:
+    if job.same_start_as is not None:
+        choice = json.loads((job.same_start_as.path / START).read_bytes())["choice"]
+    elif job.continue_from is not None:
         choice = {}
     else:
-        choice = choose_start(teacher, store, config)
-    steps, lengths, labelled = _steps(store, config, vocabulary, documents)
+        choice = choose_start(teacher, store, job.config)
+    steps, lengths, labelled = _steps(job, vocabulary)
     used = [index for step in steps for index in step]
     summary: dict[str, Any] = {
         "steps": len(steps),
@@ -189,19 +194,17 @@ def _decide(
 
 
 def _steps(
-    store: SoftLabelStore,
-    config: StudentConfig,
-    vocabulary: TrimmedVocabulary | None,
-    documents: frozenset[str] | None,
+    job: _Job, vocabulary: TrimmedVocabulary | None
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """The sequences of every step; tokens and labelled positions of every sequence."""
+    store, config = job.store, job.config
     if vocabulary is None:
         lengths, labelled = store.lengths, store.labelled_counts
     else:
         lengths, labelled = trimmed_lengths(store, vocabulary)
     steps = plan_steps(lengths.tolist(), config.batch_tokens, config.epochs, config.seed)
-    if documents is not None:
-        kept = [index for index, name in enumerate(store.document_ids) if name in documents]
+    if job.documents is not None:
+        kept = [index for index, name in enumerate(store.document_ids) if name in job.documents]
         if not kept:
             raise InputError(
                 f"{store.path}: no document that the baseline could learn from: the teacher "
@@ -213,143 +216,33 @@ def _steps(
     return steps, lengths.tolist(), labelled.tolist()
 
 
-def _fit(
-    store: SoftLabelStore,
-    teacher: Path,
-    config: StudentConfig,
-    out: Path,
-    objective: Objective,
-    continue_from: Artifact | None,
-    documents: frozenset[str] | None,
-    processes: Processes,
-) -> None:
+def _fit(job: _Job, processes: Processes) -> None:
     """Train the student that was decided on, and write its weights."""
+    store, config, out = job.store, job.config, job.out
     vocabulary = vocabulary_of(out)
 
-    def start() -> Any:
-        if continue_from is not None:
-            return CausalLM.load(continue_from.path, torch.device("cpu")).model
-        return untrained(out, teacher, config)
-
-    model = start().to(processes.device).train()
+    model = job.start().to(processes.device).train()
     make_trainable(model, config)
-    module = Distillation(model, config, objective, store.estimator == "residual")
+    module = Distillation(model, config, job.objective, store.estimator == "residual")
     module.accumulate_head_gradient = processes.count == 1  # FSDP looks for it where autograd ends
     processes.shard(module, list(model.base_model.layers))
 
-    steps, lengths, labelled = _steps(store, config, vocabulary, documents)
+    steps, lengths, labelled = _steps(job, vocabulary)
 
     def packed(members: Sequence[int]) -> Pack:
-        return pack([checked(store, index, vocabulary) for index in members], objective)
+        return pack([checked(store, index, vocabulary) for index in members], job.objective)
 
     plan = plan_packs(steps, lengths, labelled, packed, config, processes)
-    name = "Training the student" if objective == "soft-labels" else "Training the baseline"
+    name = "Training the student" if job.objective == "soft-labels" else "Training the baseline"
     run(name, module, plan, config, [make_optimizer(module, config)], out, processes)
 
     if processes.count > 1:
         state = whole_state(model)
         if processes.first:
-            model = start()
+            model = job.start()
             model.load_state_dict(state)
     if processes.first:
         model.to("cpu").save_pretrained(out)
-
-
-def make_trainable(model: Any, config: TrainingConfig) -> None:
-    """Let ``model`` take packs, and train faster and with less memory, in place.
-
-    Raises ``InputError`` if its attention cannot be exchanged.
-    """
-    use_packed_attention(model)
-    use_fast_products(model)
-    use_lean_mlps(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def plan_packs(
-    steps: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    labelled: Sequence[int],
-    packed: Callable[[Sequence[int]], Pack],
-    config: TrainingConfig,
-    processes: Processes,
-) -> Plan:
-    """What the loop is told of ``steps``: this process' packs, made by ``packed`` when needed.
-
-    ``lengths`` and ``labelled`` count tokens and labelled positions of every sequence.
-    """
-    on_cpu = processes.device.type == "cpu"
-    at_once = config.micro_batch_tokens or (CPU_PACK_TOKENS if on_cpu else None)
-
-    def packs(step: int) -> list[Pack]:
-        shared = share(steps[step], lengths, processes.count, at_once)
-        return [packed(members) for members in shared[processes.rank]]
-
-    return Plan(
-        tokens=[sum(lengths[index] for index in step) for step in steps],
-        labelled=[sum(labelled[index] for index in step) for step in steps],
-        packs=packs,
-    )
-
-
-def make_optimizer(module: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, as the config has it."""
-    return torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-
-
-class Distillation(torch.nn.Module):
-    """A student together with its loss: maps a pack to the scaled sums of the loss terms.
-
-    The loss is computed inside, where the head's weights are whole, also if they are sharded. With
-    ``accumulate_head_gradient`` a forward pass with gradients adds the head's to its ``grad``: a
-    backward pass has to follow, from ``total`` as it is.
-    """
-
-    accumulate_head_gradient = False
-
-    def __init__(
-        self, model: Any, config: StudentConfig, objective: Objective, residual: bool
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.divergence = config.divergence if objective == "soft-labels" else "forward-kl"
-        self.cross_entropy_weight = (
-            config.cross_entropy_weight if objective == "soft-labels" else 1.0
-        )
-        self.residual = residual and objective == "soft-labels"
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if embedding.weight is head.weight:  # rows that autograd adds to the head's gradient
-            embedding.sparse = True
-
-    def forward(self, batch: Pack, scale: float = 1.0) -> LossTerms:
-        """Sums over the pack's labelled positions, in nats, times ``scale``."""
-        hidden_NH = hidden_states(self.model, batch)
-        head = self.model.get_output_embeddings()
-        if torch.is_autocast_enabled(hidden_NH.device.type):
-            hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
-        labels = (batch.offsets, batch.entry_ids, batch.weights)
-        options: dict[str, Any] = {
-            "cross_entropy_targets": batch.targets,
-            "cross_entropy_weight": self.cross_entropy_weight,
-            "bias": getattr(head, "bias", None),
-            "reduction": "sum",
-            "scale": scale,
-        }
-        if self.accumulate_head_gradient and torch.is_grad_enabled():
-            if head.weight.grad is None:
-                head.weight.grad = torch.zeros_like(head.weight)
-            options["head_gradient"] = head.weight.grad
-        if self.divergence == "forward-kl":
-            return sparse_kd_terms(
-                hidden_NH, head.weight, *labels, residual=self.residual, **options
-            )
-        terms: LossTerms = sparse_divergence_terms(
-            hidden_NH, head.weight, *labels, divergence=self.divergence, **options
-        )
-        return terms
 
 
 def checked(
