@@ -11,7 +11,7 @@ goes linearly to zero while a balance loss takes over, and the rest of the train
 What is released is what was trained at the end, and the load that the log shows over the last steps
 is the load of the released model. Like the bias, that loss looks at all tokens of a forward pass
 together: asking for equal loads in every sequence keeps experts from a language or subject of their
-own (Qiu et al., arXiv 2501.11873), which costs a small model all that its experts gain.
+own (Qiu et al., arXiv 2501.11873).
 
 **Sequence-wise loss** alone (DeepSeek-V3, arXiv 2412.19437, eq. 17-20) is the other method.
 """
