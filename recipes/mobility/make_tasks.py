@@ -77,8 +77,8 @@ PREPARING = {
 
 def main() -> None:
     """Write both tasks and the schema of the first."""
-    options = script_options(__doc__, "a tenth of the examples")
-    share = 0.1 if options.quick else 1.0
+    options = script_options(__doc__, "a twenty-fifth of the examples")
+    share = 0.04 if options.quick else 1.0
     wording = yaml.safe_load((HERE / "wording.yaml").read_text("utf-8"))
     packages = open_packages(HERE / "packages.yaml")
     railway = Railway(packages["korail-mcp"])
