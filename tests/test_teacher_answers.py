@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from seodang import teacher_answers
 from seodang.artifact import Artifact
 from seodang.corpus.build import read_documents, read_sequences
 from seodang.corpus.tasks import read_requests, unseen_requests
@@ -138,6 +140,30 @@ def test_answers_keep_to_their_task_and_the_others_are_counted(recipe: Path) -> 
     assert "not in the request" in counts
     again = answer_requests(teacher, folder / "teacher", tasks, 1.0, folder / "answers")
     assert again.digest == made.digest
+
+
+def test_stopped_it_asks_only_what_is_left_and_says_the_same(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_answers, "BLOCK_REQUESTS", 5)
+    routing = task(tmp_path, "choice", requests("choice", range(20, 23)))
+    teacher, model = load_recipe(recipe).teacher, recipe.parent / "teacher"
+    real, asked = teacher_answers.respond, 0
+
+    def respond(model: Any, task: Any) -> Any:
+        nonlocal asked
+        if (asked := asked + 1) == 3:
+            raise KeyboardInterrupt
+        return real(model, task)
+
+    monkeypatch.setattr(teacher_answers, "respond", respond)
+    with pytest.raises(KeyboardInterrupt):
+        answer_requests(teacher, model, [routing], 1.0, tmp_path / "out")
+    made = answer_requests(teacher, model, [routing], 1.0, tmp_path / "out")
+    assert asked == 1 + math.ceil(len(unseen_requests(routing, 1.0)) / 5)
+    whole = answer_requests(teacher, model, [routing], 1.0, tmp_path / "whole")
+    assert made.digest == whole.digest
+    assert not (made.path / teacher_answers.BLOCKS).exists()
 
 
 def test_a_served_teacher_is_asked_to_chat(

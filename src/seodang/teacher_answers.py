@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import Artifact, Source, begin, sha256_file, write_atomically
+from seodang.artifact import Artifact, Source, begin, sha256_file, write_atomically, write_json
 from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.corpus.build import extend
 from seodang.corpus.documents import Document
@@ -33,12 +33,14 @@ from seodang.evaluation.responding import respond
 from seodang.evaluation.structured import parsed, problem
 from seodang.evaluation.task_metrics import Response
 from seodang.evaluation.tasks import Task, load_task
-from seodang.progress import say
+from seodang.progress import say, track
 from seodang.recipe import CorpusConfig, TaskConfig, TeacherConfig
 
-Respond = Callable[[Task, str], list[Response]]
+Respond = Callable[[Task], list[Response]]
 KIND = "teacher-answers"
 ANSWERS = "answers.jsonl"
+BLOCKS = "blocks"  # folder of what is answered so far
+BLOCK_REQUESTS = 64  # answered together, and not asked again once they are
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def answer_requests(
 ) -> Artifact:
     """Let ``teacher`` answer the requests of ``tasks``; every answer is in ``out``.
 
-    ``directory`` holds the teacher, or at least the tokenizer of a served one.
+    ``directory`` holds the teacher, or at least the tokenizer of a served one. Resumes what ``out``
+    holds.
 
     Raises ``InputError`` for files of tasks that cannot be read, and what asking a teacher raises.
     """
@@ -89,12 +92,14 @@ def answer_requests(
     lines, counts = [], Counter[str]()
     for config in tasks:
         requests = unseen_requests(config, near_duplicate)
-        found = _answers(model, load_task(config), requests, _longest_answer(config))
+        longest = _longest_answer(config)
+        found = _answers(model, load_task(config), requests, longest, draft.path / BLOCKS)
         lines += [json.dumps(a.to_json(config.name), ensure_ascii=False) + "\n" for a in found]
         counts.update(answer.dropped or "kept" for answer in found)
     write_atomically(draft.path / ANSWERS, "".join(lines).encode())
     say("answers: " + ", ".join(f"{count:,} {reason}" for reason, count in counts.items()))
-    return draft.finish(sources=sources, summary={"answers": dict(counts)})
+    summary = {"answers": dict(counts)}
+    return draft.finish(sources=sources, summary=summary, temporary=[BLOCKS])
 
 
 def with_answers(
@@ -122,31 +127,42 @@ def _documents(answers: Artifact, tasks: Sequence[TaskConfig]) -> list[Document]
 
 
 def _asked(teacher: TeacherConfig, directory: Path) -> Respond:
-    """What gives the responses to a task; a local model shows its progress under a name."""
+    """What gives the responses to a task."""
     if teacher.server is None:
         return partial(respond, CausalLM.load(directory))
     from seodang.evaluation.harness import HarnessModel
 
     assert teacher.model is not None
-    served = HarnessModel.served(teacher.server, teacher.model, None)
-    return lambda task, _: served.respond(task)
+    return HarnessModel.served(teacher.server, teacher.model, None).respond
 
 
-def _answers(model: Respond, task: Task, requests: Sequence[Request], longest: str) -> list[Answer]:
+def _answers(
+    model: Respond, task: Task, requests: Sequence[Request], longest: str, blocks: Path
+) -> list[Answer]:
     """One answer to each request, judged by what can be judged without knowing the right one."""
-    if not requests:
-        return []
     # Models are asked examples. What stands for the answer only says how long one may become.
     asked = [
         Example(answer=request.choices[0] if request.choices else longest, **dict(request))
         for request in requests
     ]
-    responses = model(replace(task, examples=asked), f"Answering ({task.name})")
-    found = []
-    for request, response in zip(requests, responses, strict=True):
-        said = _said(request, response)
-        found.append(Answer(request, said, _fault(task, request, said)))
-    return found
+    said: list[str] = []
+    with track(f"Answering ({task.name})", len(requests), "requests") as advance:
+        for start in range(0, len(asked), BLOCK_REQUESTS):
+            block, file = (
+                asked[start : start + BLOCK_REQUESTS],
+                blocks / f"{task.name}-{start}.json",
+            )
+            if not file.exists():
+                responses = model(replace(task, examples=block))
+                texts = [_said(*pair) for pair in zip(block, responses, strict=True)]
+                blocks.mkdir(exist_ok=True)
+                write_json(file, texts)
+            said += json.loads(file.read_bytes())
+            advance(len(block))
+    return [
+        Answer(request, text, _fault(task, request, text))
+        for request, text in zip(requests, said, strict=True)
+    ]
 
 
 def _said(request: Request, response: Response) -> str:
