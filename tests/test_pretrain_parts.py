@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seodang.artifact import Artifact
@@ -43,6 +43,7 @@ def changed(**keys):
 
 
 @given(st.integers(1, 80), st.integers(0, 9), st.integers(1, 8))
+@example(300, 0, 8)  # many rows of every expert
 @settings(deadline=None, max_examples=15)
 def test_the_experts_are_those_of_the_formula(tokens, seed, used):
     """Outputs and gradients against float64, expert by expert; most experts may have no token."""

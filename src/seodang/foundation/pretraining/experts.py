@@ -4,7 +4,9 @@
 of products by MKL (see :mod:`seodang.training.products` for why that is slow). This is the same
 loop by oneDNN, with the elementwise work done per expert, while its rows are in the cache. oneDNN
 compiles a kernel for every shape it meets: rows are padded to a multiple of ``ROWS``, so that few
-shapes occur. Elsewhere than on the CPU in float32 it hands over to ``grouped_mm``.
+shapes occur, or of ``FEW_ROWS`` where there are so few that padding would be most of the work, as
+when a token is generated at a time. Elsewhere than on the CPU in float32 it hands over to
+``grouped_mm``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from seodang.training.products import linear
 
 EXPERTS = "seodang_grouped"
 ROWS = 64
+FEW_ROWS = 8
 
 
 def use_grouped_experts(model: Any) -> None:
@@ -112,10 +115,11 @@ class _Experts(torch.autograd.Function):
 
 
 def _group(chosen_TK: torch.Tensor, experts: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """Rows of every expert, padded to ``ROWS``; the pair of each row (-1: padding) and back."""
+    """Rows of every expert, padded; the pair of each row (-1: padding) and back."""
     pairs, order = chosen_TK.reshape(-1).sort(stable=True)
     counts_E = torch.bincount(pairs, minlength=experts)
-    padded_E = (counts_E + ROWS - 1) // ROWS * ROWS
+    rows = ROWS if len(pairs) >= ROWS * experts else FEW_ROWS
+    padded_E = (counts_E + rows - 1) // rows * rows
     # How far the rows of an expert are moved by the padding of those before it.
     shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
     row_P = torch.arange(len(order)) + shift_E[pairs]
