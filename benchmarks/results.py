@@ -18,7 +18,7 @@ from typing import Any
 from seodang.artifact import MANIFEST, Artifact
 from seodang.evaluation.evaluate import METRICS
 from seodang.evaluation.task_metrics import MAIN
-from seodang.recipe import Recipe
+from seodang.stages import RECIPE
 
 DOCS = Path(__file__).parent.parent / "docs"
 KEPT = DOCS / "results"
@@ -36,18 +36,18 @@ ORDER = ("corpus", "teacher", "answers", "soft-labels", "student", "evaluation",
 
 def keep(run: Path) -> Path:
     """Copy what the page needs of a finished run; gives the file."""
-    recipe = Recipe.model_validate_json((run / "recipe.json").read_bytes())
+    recipe = json.loads((run / RECIPE).read_bytes())
     evaluation = Artifact.open(run / "evaluation", "evaluation")
     metrics = json.loads((evaluation.path / METRICS).read_bytes())
     ended = [f.stat().st_mtime for s in ORDER if (f := run / s / MANIFEST).exists()]
     kept = {
-        "recipe": recipe.name,
-        "description": recipe.description,
+        "recipe": recipe["name"],
+        "description": recipe["description"],
         "minutes": round((max(ended) - min(ended)) / 60, 1),
         "digest": evaluation.digest,
         **{key: metrics[key] for key in (*SECTIONS, "task_examples", "gate")},
     }
-    file = KEPT / f"{recipe.name}.json"
+    file = KEPT / f"{recipe['name']}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return file
@@ -81,7 +81,7 @@ def _recipe(kept: dict[str, Any]) -> Iterator[str]:
     yield (
         f"The gate **{verdict}**. Teacher {parameters['teacher'] / 1e6:.1f} M parameters, student "
         f"{parameters['student'] / 1e6:.1f} M ({share:.0%}). From corpus to the end "
-        f"{kept['minutes']} minutes on {machine['cores']} cores ({machine['processor']})."
+        f"{kept['minutes']} minutes; cores ({machine['processor']}): {machine['cores']}."
     )
     for check in failed:
         yield f"- {check['name']}: {check['value']:.4g} must be {check['comparison']} " + (

@@ -145,20 +145,24 @@ def figures(answers: Sequence[Answered]) -> dict[str, Any]:
 
 
 def table(measured: Mapping[str, Artifact]) -> Table:
-    """The steps as rows, both modes side by side, for a terminal."""
+    """Both modes of every step as rows, for a terminal."""
     from rich import box
     from rich.table import Table
 
     shown = Table(title="Held-out problems (synthetic), both modes", box=box.SIMPLE_HEAD)
     shown.add_column("step", no_wrap=True)
-    for mode in MODES:
-        for head in ("obeyed", "right", "reward", "tokens"):
-            shown.add_column(f"{mode}\n{head}", justify="right", no_wrap=True)
+    shown.add_column("mode", no_wrap=True)
+    for head in ("obeyed", "right", "reward", "tokens"):
+        shown.add_column(head, justify="right", no_wrap=True)
     for step, artifact in measured.items():
-        cells = []
-        for mode in MODES:
+        for number, mode in enumerate(MODES):
             row = artifact.manifest.summary[mode]
-            cells += [f"{row['obeyed']:.1%}", f"{row['accuracy']:.1%}"]
-            cells += [f"{row['reward']:+.2f}", f"{row['tokens']:.0f}"]
-        shown.add_row(step, *cells)
+            shown.add_row(
+                "" if number else step,
+                mode,
+                f"{row['obeyed']:.1%}",
+                f"{row['accuracy']:.1%}",
+                f"{row['reward']:+.2f}",
+                f"{row['tokens']:.0f}",
+            )
     return shown
