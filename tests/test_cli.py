@@ -486,3 +486,18 @@ def test_ctrl_c_in_a_finaliser_is_not_lost() -> None:
         [sys.executable, "-c", FINALISER], capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("kept\n", "")
+
+
+@pytest.mark.parametrize("code", [0, 2, 130])
+def test_only_what_is_interrupted_leaves_at_once(code: int) -> None:
+    """Without tearing down, in which threads that were at work can turn it into a crash."""
+    script = (
+        "import atexit, sys, seodang.cli as cli\n"
+        "atexit.register(print, 'torn down')\n"
+        f"cli.app = lambda: sys.exit({code})\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == code
+    assert ("torn down" in done.stdout) == (code != 130)

@@ -22,7 +22,7 @@ from seodang.cli_corpus import corpus_app
 from seodang.cli_evaluation import evaluate, gate
 from seodang.cli_foundation import foundation_app
 from seodang.cli_labels import labels_app, show_store
-from seodang.cli_output import AsJson, print_json, reported
+from seodang.cli_output import INTERRUPTED, AsJson, print_json, reported
 from seodang.cli_release import release_app
 from seodang.errors import InputError
 
@@ -78,19 +78,20 @@ def main() -> None:
     try:
         app()
     except SystemExit as leaving:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            leave_job(leaving.code)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or leaving.code == INTERRUPTED:
+            leave(leaving.code)
         raise
     finally:  # what is left is leaving; one that is delivered again must not change the exit code
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def leave_job(code: str | int | None) -> NoReturn:
-    """End this process of a torchrun job without tearing the interpreter down.
+def leave(code: str | int | None) -> NoReturn:
+    """End this process without tearing the interpreter down.
 
     Gloo's threads outlive ``destroy_process_group`` as long as a mesh refers to the group. One
     that lets go of a tensor while the interpreter is torn down aborts the process, and with it
-    the job, after all its work was done (pytorch/pytorch#179291).
+    the torchrun job, after all its work was done (pytorch/pytorch#179291). Threads of libraries
+    that a Ctrl-C found at work do the same: the exit code would be that of a crash.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -19,6 +19,7 @@ from seodang.errors import SeodangError, WorkFailed
 
 P = ParamSpec("P")
 
+INTERRUPTED = 130  # the exit code after a Ctrl-C: 128 and the number of the signal
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
@@ -33,7 +34,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except SeodangError as error:
             message, code = str(error), error.exit_code
         except KeyboardInterrupt:
-            message, code = "stopped; run the same command again and it continues", 130
+            message, code = "stopped; run the same command again and it continues", INTERRUPTED
         except BrokenPipeError:
             code = 1
         except Exception as error:
