@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 FIELDS = re.compile(r"<!-- fields: (\w+) -->")
 COMMANDS = "<!-- commands -->"
@@ -67,8 +67,10 @@ def summary_of(schema: dict[str, Any], sections: dict[str, Any]) -> str:
     return text.splitlines()[0] if text else ""
 
 
-def shown_type(schema: dict[str, Any]) -> str:
+def shown_type(schema: dict[str, Any] | Literal[True]) -> str:
     """A JSON schema's type as people write it, with its limits."""
+    if not schema or schema is True:
+        return "any"
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
