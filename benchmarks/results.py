@@ -18,6 +18,7 @@ from typing import Any
 from seodang.artifact import MANIFEST, Artifact
 from seodang.evaluation.evaluate import METRICS
 from seodang.evaluation.task_metrics import MAIN
+from seodang.evaluation.task_report import LANGUAGES, examples_in_words
 from seodang.stages import RECIPE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -29,9 +30,7 @@ MODELS = {
     "cross_entropy": "same student, hard labels",
     "untrained": "student before training",
 }
-LANGUAGES = {"ko": "Korean", "en": "English"}
 SECTIONS = ("models", "held_out", "tasks", "task_comparisons", "task_robustness", "task_costs")
-ORDER = ("corpus", "teacher", "answers", "soft-labels", "student", "evaluation", "release")
 
 
 def keep(run: Path) -> Path:
@@ -39,7 +38,7 @@ def keep(run: Path) -> Path:
     recipe = json.loads((run / RECIPE).read_bytes())
     evaluation = Artifact.open(run / "evaluation", "evaluation")
     metrics = json.loads((evaluation.path / METRICS).read_bytes())
-    ended = [f.stat().st_mtime for s in ORDER if (f := run / s / MANIFEST).exists()]
+    ended = [manifest.stat().st_mtime for manifest in run.glob(f"*/{MANIFEST}")]
     kept = {
         "recipe": recipe["name"],
         "description": recipe["description"],
@@ -96,11 +95,9 @@ def _task(kept: dict[str, Any], name: str, about: dict[str, Any]) -> Iterator[st
     main = MAIN[about["kind"]]
     found, compared = kept["tasks"][name], kept["task_comparisons"][name]
     metrics = [main, *(m for m in found["student"] if m not in (main, "by_language"))]
-    synthetic = f", {about['synthetic']:,} of them synthetic" if about["synthetic"] else ""
-    spoken = " and ".join(LANGUAGES[language] for language in about["languages"])
     yield f"### {name}"
     yield ""
-    yield f"{about['examples']:,} held-out examples in {spoken}{synthetic}."
+    yield f"{examples_in_words(about)}."
     yield ""
     languages = about["languages"] if len(about["languages"]) > 1 else []
     heads = ["model", *metrics, *(f"{main}, {LANGUAGES[x]}" for x in languages), "p"]

@@ -16,14 +16,7 @@ from seodang.evaluation.tasks import Task
 from served import NAME, running, tiny_release
 from tiny import tiny_teacher
 from tiny_run import seodang
-from tiny_tasks import REFUSAL, examples, task_lines, write_lines
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"topic": {"enum": ["card", "phone"]}},
-    "required": ["topic"],
-    "additionalProperties": False,
-}
+from tiny_tasks import REFUSAL, SHORT_SCHEMA, examples, task_lines, write_lines
 
 
 def test_a_server_says_answers_and_is_compared_with_a_directory(
@@ -41,7 +34,7 @@ def test_a_server_says_answers_and_is_compared_with_a_directory(
         found = evaluate_responses(choices, model.respond(choices))
         assert set(found.metrics) == {"accuracy"}  # it says no probabilities
         form = few.model_copy(update={"answer": '{"topic": "card"}' + " " * 300})
-        structured = Task("order", "json", [form], schema=SCHEMA)
+        structured = Task("order", "json", [form], schema=SHORT_SCHEMA)
         found = evaluate_responses(structured, model.respond(structured))
         assert found.rows[0]["schema_valid"] == 1  # a random model, under the schema's grammar
 

@@ -27,14 +27,7 @@ from seodang.training.log import LOG, read_rows
 from served import NAME, running, tiny_release
 from tiny import tiny_teacher
 from tiny_run import tiny_recipe
-from tiny_tasks import REFUSAL, SCHEMA, task_lines, tiny_tasks, write_lines
-
-SHORT = {
-    "type": "object",
-    "properties": {"topic": {"enum": ["card", "phone"]}},
-    "required": ["topic"],
-    "additionalProperties": False,
-}
+from tiny_tasks import REFUSAL, SCHEMA, SHORT_SCHEMA, task_lines, tiny_tasks, write_lines
 
 
 def requests(kind: str, numbers: range) -> list[dict[str, Any]]:
@@ -169,7 +162,7 @@ def test_stopped_it_asks_only_what_is_left_and_says_the_same(
 def test_a_served_teacher_is_asked_to_chat(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    schema = write_lines(tmp_path / "schema.json", [SHORT])
+    schema = write_lines(tmp_path / "schema.json", [SHORT_SCHEMA])
     order = task(tmp_path, "json", requests("json", range(30, 31)), schema=str(schema))
     lines = [
         {**line, "answer": '{"topic": "card"}' + " " * 300} for line in task_lines("json", range(4))
@@ -183,7 +176,7 @@ def test_a_served_teacher_is_asked_to_chat(
     lines = [json.loads(line) for line in (made.path / "answers.jsonl").open(encoding="utf-8")]
     assert [line["id"] for line in lines] == [r.id for r in unseen_requests(order, 1.0)]
     assert {line["dropped"] for line in lines} == {None}  # a random model, under the schema
-    assert all(problem(parsed(line["answer"]), SHORT) is None for line in lines)
+    assert all(problem(parsed(line["answer"]), SHORT_SCHEMA) is None for line in lines)
 
 
 def test_the_student_learns_from_them_and_the_baseline_does_not(recipe: Path, out: Path) -> None:

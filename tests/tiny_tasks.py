@@ -23,6 +23,12 @@ SCHEMA = {
     "required": ["topic", "number"],
     "additionalProperties": False,
 }
+SHORT_SCHEMA = {
+    "type": "object",
+    "properties": {"topic": {"enum": ["card", "phone"]}},
+    "required": ["topic"],
+    "additionalProperties": False,
+}
 REFUSAL = "I do not know"
 INSTRUCTION = "Route the request to card, payment, phone call or phone, and to nothing else."
 

@@ -28,7 +28,7 @@ from seodang.artifact import Artifact, Source, begin, sha256_file, write_atomica
 from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.corpus.build import extend
 from seodang.corpus.documents import Document
-from seodang.corpus.tasks import Example, Request, answered, unseen_requests
+from seodang.corpus.tasks import Example, Request, answered, read_examples, unseen_requests
 from seodang.evaluation.responding import respond
 from seodang.evaluation.structured import parsed, problem
 from seodang.evaluation.task_metrics import Response
@@ -190,7 +190,5 @@ def _fault(task: Task, request: Request, said: str) -> str | None:
 
 
 def _longest_answer(config: TaskConfig) -> str:
-    from seodang.corpus.tasks import read_examples
-
     file = Path(config.train or config.held_out)
     return max((e.answer for e in read_examples(file, config.kind, config.languages)), key=len)

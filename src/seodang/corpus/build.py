@@ -40,6 +40,7 @@ from seodang.progress import say, track
 from seodang.recipe import CorpusConfig, SourceConfig, TaskConfig
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS = "documents.jsonl"
@@ -88,6 +89,7 @@ def build(
     draft = begin(out, "corpus", _portable(config), inputs)
     if isinstance(draft, Artifact):
         return draft
+    import pyarrow.parquet as pq
 
     dropped: _Dropped = defaultdict(Counter, {name: Counter() for name in names})
     sides_of_tasks = [task_documents(task) for task in tasks]
@@ -105,7 +107,7 @@ def build(
 
     lines = [json.dumps(_line(e, sides[e.cluster]), ensure_ascii=False) + "\n" for e in taken]
     (out / DOCUMENTS).write_text("".join(lines), encoding="utf-8", newline="\n")
-    _write_sequences(taken, sides, out / SEQUENCES)
+    pq.write_table(_sequence_table(taken, sides), out / SEQUENCES, compression="zstd")
     sources = [_source(source, inputs[f"source:{source.name}"], taken) for source in config.sources]
     sources += _task_sources([e for e in examples if e.source not in names], taken)
     for source in sources:
@@ -151,9 +153,9 @@ def extend(
     lines += [_line(entry, "train") | {"written_by_teacher": True} for entry in entries]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (out / DOCUMENTS).write_text(text, encoding="utf-8", newline="\n")
-    _write_sequences(entries, sides, out / SEQUENCES)
-    both = [pq.read_table(folder / SEQUENCES) for folder in (corpus.path, out)]
-    pq.write_table(pa.concat_tables(both), out / SEQUENCES, compression="zstd")
+    before = pq.read_table(corpus.path / SEQUENCES)
+    new_rows = _sequence_table(entries, sides).cast(before.schema)
+    pq.write_table(pa.concat_tables([before, new_rows]), out / SEQUENCES, compression="zstd")
     summary = dict(corpus.manifest.summary)
     new = _summary(entries, sides, dropped)
     for key in ("documents", "tokens", "labelled_tokens"):
@@ -330,9 +332,8 @@ def _line(entry: _Entry, side: Side) -> dict[str, Any]:
     }
 
 
-def _write_sequences(entries: list[_Entry], sides: dict[str, Side], file: Path) -> None:
+def _sequence_table(entries: list[_Entry], sides: dict[str, Side]) -> pa.Table:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     rows = [(sides[entry.cluster], window) for entry in entries for window in entry.sequences]
     columns = {
@@ -342,7 +343,7 @@ def _write_sequences(entries: list[_Entry], sides: dict[str, Side], file: Path) 
         "token_ids": pa.array([window.token_ids for _, window in rows], pa.list_(pa.int32())),
         "labelled": pa.array([window.labelled for _, window in rows], pa.list_(pa.int32())),
     }
-    pq.write_table(pa.table(columns), file, compression="zstd")
+    return pa.table(columns)
 
 
 def _summary(

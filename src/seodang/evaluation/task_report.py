@@ -43,7 +43,7 @@ def _section(task: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     costs = metrics.get("task_costs", {}).get(task, {})
     return {
         "name": task,
-        "about": _about(about),
+        "about": f"{about['kind']}, {examples_in_words(about)}",
         "columns": columns,
         "rows": _rows(models, columns),
         "differences": _differences(metrics["task_comparisons"].get(task, {})),
@@ -52,9 +52,10 @@ def _section(task: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _about(about: Mapping[str, Any]) -> str:
+def examples_in_words(about: Mapping[str, Any]) -> str:
+    """How many held-out examples a task has, in which languages, and how many are synthetic."""
     languages = " and ".join(LANGUAGES.get(code, code) for code in about["languages"])
-    text = f"{about['kind']}, {about['examples']:,} held-out examples in {languages}"
+    text = f"{about['examples']:,} held-out examples in {languages}"
     if about["synthetic"]:
         text += f", {about['synthetic']:,} of them synthetic"
     return text
