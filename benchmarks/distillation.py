@@ -5,10 +5,11 @@
 TRL's GKDTrainer (`lmbda=0`, `beta=0`: forward KL on given text, teacher in memory) and
 `seodang.student.train` train the same student, the teacher cut to its most important layers, on
 the same tokens: sequences of 283, four to a step, each position with the teacher's distribution.
-Each runs in a process of its own. Tokens per second are those of the median step after the first
-two, reading and logging included; memory is the most that was resident, libraries included. What
-capture costs is shown beside it, with the number of epochs, or of students trained for one epoch,
-after which it is paid back: there the sum of capture and training is less than TRL's training.
+Each runs in a process of its own, in turn, `--rounds` times. Tokens per second are those of the
+median step after the first two, reading and logging included, in the median round; memory is the
+most that was resident, libraries included. What capture costs is shown beside it, with the number
+of epochs, or of students trained for one epoch, after which it is paid back: there the sum of
+capture and training is less than TRL's training.
 
 Needs the `bench` extra: trl.
 """
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--trim", type=int, default=8192, help="tokens of the trimmed vocabulary")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -47,8 +49,7 @@ def main() -> None:
         figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(figures))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        found = {name: in_a_child(name, Path(folder)) for name in CHILDREN}
+    found = {name: median(rounds) for name, rounds in measure(options.rounds).items()}
     for name in ("seodang", "seodang trimmed"):
         rate, peak = found[name]["tokens_per_second"], found[name]["peak_bytes"]
         found[name]["times_trl"] = rate / found["TRL"]["tokens_per_second"]
@@ -59,6 +60,19 @@ def main() -> None:
         print(json.dumps(found, indent=2))
     else:
         show(found)
+
+
+def measure(rounds: int) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CHILDREN}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, figures in found.items():
+                figures.append(in_a_child(name, Path(folder)))
+    return found
+
+
+def median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
 
 
 def in_a_child(name: str, folder: Path) -> dict[str, Any]:

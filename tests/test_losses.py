@@ -285,6 +285,14 @@ def test_extra_memory_is_an_eighth_of_the_logits(residual):
     assert allocations.peak - gradients - inputs < n * v * 4 / 8
 
 
+@pytest.mark.parametrize(
+    ("rows", "ids", "chunk"),
+    [(283, 49_152, 144), (283, 8_192, 288), (1024, 49_152, 104), (1024, 163_840, 104), (0, 9, 8)],
+)
+def test_a_small_batch_is_cut_into_few_chunks_and_a_large_one_by_its_share(rows, ids, chunk):
+    assert one_pass.rows_of_chunk(rows, ids, 4) == chunk
+
+
 def test_full_distribution_gives_cross_entropy_of_the_teacher():
     g = torch.Generator().manual_seed(0)
     n, v = 40, 300

@@ -28,6 +28,8 @@ from seodang.training.products import linear
 CHUNK_BYTES = 80 * 2**20  # of one chunk of exponentials, however many rows there are
 CHUNK_SHARE = 0.102  # of (N, V) in float32 that a chunk takes: with a tile still below 1/8
 LEAST_ROWS = 96  # fewer rows in a product are slow
+FEW_ROWS = 1024  # below, a chunk may take more than its share, as that is little
+FEW_BYTES = 28 * 2**20
 TILE = 768  # float32 ids in a tile on the CPU
 OVERFLOW = 1e20  # a row's sum beyond which float32 loses the small factors
 IGNORE = -100  # a cross-entropy target that does not count
@@ -138,8 +140,9 @@ def run(
 
 def rows_of_chunk(n: int, v: int, itemsize: int) -> int:
     """How many of ``n`` rows of ``v`` logits to take at once, so that all chunks are alike."""
-    share = CHUNK_SHARE * 4 / itemsize
-    most = max(1, min(max(int(n * share), LEAST_ROWS), CHUNK_BYTES // (v * itemsize)))
+    share, row = CHUNK_SHARE * 4 / itemsize, v * itemsize
+    least = max(LEAST_ROWS, FEW_BYTES // row) if n < FEW_ROWS else LEAST_ROWS
+    most = max(1, min(max(int(n * share), least), CHUNK_BYTES // row))
     rows = -(-n // -(-n // most)) if n else 1
     return min(most, -(-rows // 8) * 8)
 
