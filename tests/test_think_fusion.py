@@ -6,22 +6,25 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
+from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from seodang.artifact import Artifact
 from seodang.causal_lm import load_tokenizer
 from seodang.corpus.sequences import UNOBSERVED
 from seodang.errors import InputError
-from seodang.foundation.post_training import modes
+from seodang.foundation.post_training import modes, policy_optimization
 from seodang.foundation.post_training.config import PolicyConfig
 from seodang.foundation.post_training.fine_tuning import (
     batch_order,
@@ -36,10 +39,12 @@ from seodang.foundation.post_training.reasoning_data import (
     make_problem,
     read_problems,
 )
+from seodang.foundation.post_training.replay import text_windows, with_text
 from seodang.foundation.post_training.think_fusion import STEPS, PostTrained, post_train
 from seodang.foundation.post_training.trainers import last_checkpoint
+from seodang.foundation.pretraining.tokens import TokenStore
 from seodang.stages import Stages
-from tiny_think import STAGES, TINY, tiny_answering, tiny_base
+from tiny_think import STAGES, TINY, tiny_answering, tiny_base, tiny_tokens
 
 HERE = Path(__file__).parent
 
@@ -60,8 +65,18 @@ def answering(base: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def done(base: Artifact, tmp_path_factory: pytest.TempPathFactory) -> PostTrained:
-    return post_train(TINY, base, Stages(tmp_path_factory.mktemp("post") / "training"))
+def tokens(base: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return tiny_tokens(base, tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def text(tokens: Artifact) -> TokenStore:
+    return TokenStore(tokens, "train")
+
+
+@pytest.fixture(scope="module")
+def done(base: Artifact, tokens: Artifact, tmp_path_factory: pytest.TempPathFactory) -> PostTrained:
+    return post_train(TINY, base, tokens, Stages(tmp_path_factory.mktemp("post") / "training"))
 
 
 def test_every_step_is_a_model_and_measured(done: PostTrained, base: Artifact) -> None:
@@ -79,11 +94,11 @@ def test_every_step_is_a_model_and_measured(done: PostTrained, base: Artifact) -
     assert done.model is done.models["policy"]
 
 
-def test_nothing_is_done_twice(done: PostTrained, base: Artifact) -> None:
+def test_nothing_is_done_twice(done: PostTrained, base: Artifact, tokens: Artifact) -> None:
     out = done.models["instruct"].path.parent
     before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()}
     stage = Stages(out)
-    assert post_train(TINY, base, stage).to_json() == done.to_json()
+    assert post_train(TINY, base, tokens, stage).to_json() == done.to_json()
     assert list(stage.done) == ["data", *STEPS, *(f"measured/{step}" for step in STEPS)]
     assert not any(made["ran"] for made in stage.done.values())
     assert {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()} == before
@@ -168,9 +183,34 @@ def test_a_round_compares_answers(answering: Artifact, data: Artifact, tmp_path:
     assert made.manifest.summary == {"instructions": 6, "answers": 3 * 2 * 2 * 4}
 
 
+def test_answers_too_many_for_one_pass_teach_the_same(
+    answering: Artifact, data: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answers, whose gradients are added up over four passes."""
+    config = TINY.model_copy(
+        update={"policy": PolicyConfig(rounds=1, instructions=2, answers=4, learning_rate=1e-3)}
+    )
+    at_once = optimize_policy(config, answering, data, tmp_path / "one")
+    monkeypatch.setattr(policy_optimization, "AT_ONCE", 4)
+    in_parts = optimize_policy(config, answering, data, tmp_path / "four")
+    one, four, before = (
+        load_file(a.path / "model.safetensors") for a in (at_once, in_parts, answering)
+    )
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, one[name])}
+    assert moved
+    assert moved == {name for name in before if not torch.equal(before[name], four[name])}
+    # Adam's first step is the sign of a gradient, whose last bits differ.
+    same = [
+        torch.isclose(one[name], four[name], rtol=0, atol=1e-5).float().mean() for name in moved
+    ]
+    assert min(same) > 0.98
+
+
 def test_the_reward_rises(answering: Artifact, tmp_path: Path) -> None:
     """The tuned model ends some answers in time; reinforced, nearly all that it can (half)."""
-    policy = PolicyConfig(rounds=9, instructions=2, answers=8, learning_rate=3e-3)
+    policy = PolicyConfig(
+        rounds=9, instructions=2, answers=8, steps_per_round=2, learning_rate=3e-3
+    )
     config = TINY.model_copy(update={"policy": policy, "problems": 30})
     data = build_reasoning_data(config, tmp_path / "data")
     made = optimize_policy(config, answering, data, tmp_path / "out")
@@ -211,6 +251,36 @@ def test_the_loss_is_on_the_assistants_words(base: Artifact) -> None:
         assert text == prompt(problem, mode, tokenizer) + tokenizer.decode(labels)
         assert row["input_ids"][-len(labels) :] == labels
     assert "</think>" not in problem.completion("instant")
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=9), seed=st.integers(0, 5))
+def test_windows_are_pieces_of_the_text(text: TokenStore, lengths: list[int], seed: int) -> None:
+    windows = text_windows(text, lengths, [seed])
+    assert windows == text_windows(text, lengths, [seed])
+    documents = [f" {' '.join(map(str, text.tokens(i)))} " for i in range(len(text))]
+    for ids, length in zip(windows, lengths, strict=True):
+        piece = f" {' '.join(map(str, ids))} "
+        whole = [int(n) for n, d in zip(text.lengths, documents, strict=True) if piece in d]
+        assert len(ids) in {min(length, tokens) for tokens in whole}
+
+
+def test_every_token_is_as_likely(text: TokenStore) -> None:
+    drawn = Counter(ids[0] for ids in text_windows(text, [1] * 20_000, [0]))
+    ids, counts = np.unique(
+        np.concatenate([text.tokens(i) for i in range(len(text))]), return_counts=True
+    )
+    found = [drawn[int(i)] for i in ids]
+    assert chisquare(found, counts / counts.sum() * 20_000).pvalue > 1e-3
+
+
+def test_every_step_brings_text_back(text: TokenStore) -> None:
+    rows = [{"input_ids": [9] * n, "labels": [UNOBSERVED] * n} for n in (3, 5, 4, 7, 2)]
+    mixed = with_text(rows, 2, text, 3, [0])
+    assert [mixed[i] for i in (0, 1, 5, 6, 10)] == rows
+    windows = [mixed[i] for i in (2, 3, 4, 7, 8, 9, 11, 12, 13)]
+    assert all(row["labels"] == row["input_ids"] for row in windows)
+    assert [len(row["input_ids"]) for row in windows] == [5] * 3 + [7] * 3 + [2] * 3
+    assert with_text(rows, 2, text, 0, [0]) == rows
 
 
 @given(st.lists(st.integers(1, 90), max_size=50), st.integers(1, 9), st.integers(0, 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seodang.artifact import Artifact, Draft, begin
+from seodang.artifact import MANIFEST, Artifact, Draft, begin
 from seodang.causal_lm import copy_tokenizer, load_tokenizer
 from seodang.foundation.post_training.config import (
     FineTuningConfig,
@@ -15,6 +15,7 @@ from seodang.foundation.post_training.fine_tuning import fine_tune
 from seodang.foundation.post_training.policy_optimization import optimize_policy
 from seodang.foundation.post_training.problem import MODES
 from seodang.foundation.post_training.reasoning_data import make_problems
+from seodang.foundation.pretraining.tokens import tokenize_raw
 from seodang.foundation.tokenizer.config import TokenizerConfig
 from seodang.foundation.tokenizer.train import train_tokenizer
 from tiny_raw import tiny_raw
@@ -23,10 +24,12 @@ TINY = PostTrainingConfig(
     problems=16,
     overlap_problems=8,
     held_out=6,
-    instruct=FineTuningConfig(batch_sequences=4),
-    reasoning=FineTuningConfig(batch_sequences=4),
-    overlap=FineTuningConfig(batch_sequences=8),
-    policy=PolicyConfig(rounds=3, instructions=2, answers=4, checkpoint_rounds=1),
+    instruct=FineTuningConfig(batch_sequences=4, text_sequences=1),
+    reasoning=FineTuningConfig(batch_sequences=4, text_sequences=1),
+    overlap=FineTuningConfig(batch_sequences=8, text_sequences=1),
+    policy=PolicyConfig(
+        rounds=3, instructions=2, answers=4, steps_per_round=2, checkpoint_rounds=1
+    ),
     max_new_tokens=8,
     checkpoint_steps=3,
 )
@@ -82,15 +85,25 @@ def tiny_base(path: Path, kv_lora_rank: int = 16, qk_rope_head_dim: int = 8) -> 
     return draft.finish()
 
 
+def tiny_tokens(model: Artifact, folder: Path) -> Artifact:
+    """Text to remember, as the tokens of ``model``, in ``folder``."""
+    tokens = folder / "tokens"
+    if (tokens / MANIFEST).exists():
+        return Artifact.open(tokens)
+    return tokenize_raw(tiny_raw(folder / "raw"), model, tokens)
+
+
 def tiny_answering(base: Artifact, data: Artifact, out: Path) -> Artifact:
     """The base, tuned until some of its answers end: what reinforcement learning needs."""
-    tuning = FineTuningConfig(batch_sequences=8, epochs=15, learning_rate=1e-2)
-    return fine_tune(TINY, tuning, base, data, "train", ["instant"], out)
+    tuning = FineTuningConfig(batch_sequences=8, text_sequences=0, epochs=15, learning_rate=1e-2)
+    tokens = tiny_tokens(base, out.parent)
+    return fine_tune(TINY, tuning, base, data, "train", ["instant"], tokens, out)
 
 
 def tiny_tuning(base: Artifact, data: Artifact, out: Path) -> Artifact:
     """Fine-tuning in both modes: 8 steps."""
-    return fine_tune(TINY, TINY.instruct, base, data, "train", MODES, out)
+    tokens = tiny_tokens(base, out.parent)
+    return fine_tune(TINY, TINY.instruct, base, data, "train", MODES, tokens, out)
 
 
 def tiny_policy(base: Artifact, data: Artifact, out: Path) -> Artifact:

@@ -11,6 +11,8 @@ Two tasks of a contact centre:
 - ``policy`` (answer): a passage of a help document and a question about one point of it. Questions
   are made from what a document lists (point, then its value); the answer is the value as it stands
   there, or ``NO_ANSWER`` where the passage, of the same document or product, does not hold it.
+
+Three of four requests and questions to train on come without an answer, as they do in a desk.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ ANSWER = {
 }
 HELD_OUT_EVERY = 5  # every fifth document of a desk
 PASSAGE = 420  # characters
+LABELLED = 4  # one of so many examples has its answer; the others wait for the teacher's
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def main() -> None:
     )
     held_out += list(tau2_requests(tau2, wording["tools"]))
     draw.shuffle(train)
-    write_task(options.out, "routing", *apart(train, held_out))
+    write_task(options.out, "routing", *apart(train, held_out), LABELLED)
 
     draw = random.Random("policy")
     sides: dict[bool, list[Example]] = {False: [], True: []}
@@ -113,7 +116,8 @@ def main() -> None:
         for document, asked in questions(documents, templates, language, credit, draw):
             sides[document.held_out].append(asked)
     draw.shuffle(sides[False])
-    write_task(options.out, "policy", *apart(sides[False], sides[True], question_alone, 0.9))
+    apart_sides = apart(sides[False], sides[True], question_alone, 0.9)
+    write_task(options.out, "policy", *apart_sides, LABELLED)
 
 
 def portone_documents(package: Package, desks: dict[str, list[str]]) -> list[HelpDocument]:

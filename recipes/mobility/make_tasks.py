@@ -90,8 +90,7 @@ def main() -> None:
             count = int(of_held_out * share / 3)
             held_out += [requests.make(words, stations) for _ in range(count)]
     train, held_out = apart(train, held_out, threshold=0.9)
-    asked = [one for number, one in enumerate(train) if number % LABELLED]
-    write_task(options.out, "trip_query", train[::LABELLED], held_out, asked)
+    write_task(options.out, "trip_query", train, held_out, LABELLED)
     (options.out / "trip_query.schema.json").write_text(
         json.dumps(railway.schema(), ensure_ascii=False, indent=1) + "\n", "utf-8"
     )

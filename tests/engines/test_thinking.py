@@ -23,7 +23,7 @@ from seodang.foundation.post_training.reasoning_data import (
     build_reasoning_data,
     read_problems,
 )
-from tiny_think import TINY, tiny_base
+from tiny_think import TINY, tiny_base, tiny_tokens
 
 # As A.X K1 is served; thoughts come back apart from the answer.
 FLAGS = ("--reasoning-parser", "deepseek_v3", "--enable-auto-tool-choice")
@@ -35,9 +35,10 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, list[Prob
     """A tiny model that knows a few problems by heart, in both modes."""
     folder = tmp_path_factory.mktemp("thinking")
     data = build_reasoning_data(TINY.model_copy(update={"overlap_problems": 4}), folder / "data")
-    tuning = FineTuningConfig(epochs=350, batch_sequences=8, learning_rate=3e-3)
+    tuning = FineTuningConfig(epochs=350, batch_sequences=8, text_sequences=0, learning_rate=3e-3)
     base = tiny_base(folder, kv_lora_rank=512, qk_rope_head_dim=64)
-    model = fine_tune(TINY, tuning, base, data, "overlap", MODES, folder / "tuned")
+    tokens = tiny_tokens(base, folder / "text")
+    model = fine_tune(TINY, tuning, base, data, "overlap", MODES, tokens, folder / "tuned")
     return model, read_problems(data, "overlap")
 
 

@@ -102,15 +102,18 @@ def write_task(
     name: str,
     train: Iterable[Example],
     held_out: Iterable[Example],
-    requests: Iterable[Example] = (),
+    labelled: int = 1,
 ) -> None:
-    """Write both sides of a task, or the one that has examples, and requests without answers.
+    """Write both sides of a task, or the one that has examples.
 
-    Raises ``ValueError`` for a question that stands twice.
+    One of ``labelled`` examples to train on keeps its answer; the others become requests, which
+    wait for the teacher's. Raises ``ValueError`` for a question that stands twice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    sides = {"train": [*train], "requests": [*requests], "held-out": [*held_out]}
+    learned = [*train]
+    requests = [asked for number, asked in enumerate(learned) if number % labelled]
+    sides = {"train": learned[::labelled], "requests": requests, "held-out": [*held_out]}
     for side, examples in sides.items():
         if not examples:
             continue

@@ -87,7 +87,7 @@ def _build(recipe: FoundationRecipe, folder: Path, out: Path) -> Built:
         from seodang.foundation.post_training.think_fusion import post_train
 
         after = Stages(out / "post-training")
-        trained = post_train(recipe.post_training, base, after)
+        trained = post_train(recipe.post_training, base, tokens, after)
         stage.done |= {f"post-training/{name}": made for name, made in after.done.items()}
         built.measured = trained.measured
         last = trained.model

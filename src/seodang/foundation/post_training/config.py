@@ -13,6 +13,9 @@ class FineTuningConfig(Section):
     problems: int | None = Field(None, gt=0, description="of those there are (default: all)")
     epochs: int = Field(1, gt=0, description="times that every problem is seen")
     batch_sequences: int = Field(16, gt=0, description="answers of one optimizer step")
+    text_sequences: int = Field(
+        4, ge=0, description="windows of pretraining text beside them, so that it is not forgotten"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
 
 
@@ -20,11 +23,11 @@ class PolicyConfig(Section):
     """On-policy reinforcement learning at the level of sequences (GSPO)."""
 
     rounds: int = Field(24, gt=0, description="times of answering, scoring and learning")
-    instructions: int = Field(8, gt=0, description="problems of a round, each asked in both modes")
+    instructions: int = Field(32, gt=0, description="problems of a round, each asked in both modes")
     answers: int = Field(8, gt=1, description="to each prompt, compared with each other")
-    steps_per_round: int = Field(2, gt=0, description="optimizer steps on a round's answers")
+    steps_per_round: int = Field(1, gt=0, description="optimizer steps on a round's answers")
     checkpoint_rounds: int = Field(4, gt=0, description="rounds between two checkpoints")
-    learning_rate: float = Field(1e-4, gt=0, description="of AdamW, at its highest")
+    learning_rate: float = Field(5e-5, gt=0, description="of AdamW, at its highest")
     temperature: float = Field(1.0, gt=0, description="of the answers")
     clip_low: float = Field(3e-4, gt=0, description="by which a sequence may get less likely")
     clip_high: float = Field(4e-4, gt=0, description="by which a sequence may get more likely")

@@ -1,7 +1,8 @@
 """Supervised fine-tuning through TRL: Instruct, Reasoning, and both modes in one.
 
 The loss is on what the assistant says: after ``<think>`` the thoughts and the answer, after
-``</think>`` the answer alone, and the token that ends the turn.
+``</think>`` the answer alone, and the token that ends the turn; and on all of the pretraining text
+that every step brings back.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from seodang.corpus.sequences import UNOBSERVED
 from seodang.foundation.post_training.config import FineTuningConfig, PostTrainingConfig
 from seodang.foundation.post_training.problem import Mode
 from seodang.foundation.post_training.reasoning_data import Problem, Split, read_problems
+from seodang.foundation.post_training.replay import with_text
 from seodang.foundation.post_training.trainers import (
     finish,
     fit,
@@ -26,6 +28,7 @@ from seodang.foundation.post_training.trainers import (
     shared_arguments,
     trl_imports,
 )
+from seodang.foundation.pretraining.tokens import TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,18 +44,21 @@ def fine_tune(
     data: Artifact,
     split: Split,
     modes: Sequence[Mode],
+    tokens: Artifact,
     out: Path,
 ) -> Artifact:
     """Fine-tune ``model`` on the answers of a part of ``data``, in each of ``modes``, into ``out``.
 
-    With both modes every problem is there twice: the same prompt with both kinds of answer.
+    With both modes every problem is there twice: the same prompt with both kinds of answer. Text
+    to remember comes from ``tokens``, those that the model was pretrained on.
     Resumes what ``out`` holds, with the same result as if it had never stopped.
 
     Raises ``InputError`` if TRL is not installed or the model cannot be loaded.
     """
     used: dict[str, Any] = {"tuning": tuning.model_dump(), "split": split, "modes": list(modes)}
     used["seed"] = config.seed
-    draft = begin(out, KIND, used, {"model": model.digest, "data": data.digest})
+    inputs = {"model": model.digest, "data": data.digest, "tokens": tokens.digest}
+    draft = begin(out, KIND, used, inputs)
     if isinstance(draft, Artifact):
         return draft
     with trl_imports():
@@ -76,10 +82,17 @@ def fine_tune(
         for index in batch_order(lengths, tuning.batch_sequences, [config.seed, epoch])
     ]
     steps = -(-len(rows) // tuning.batch_sequences)
+    rows = with_text(
+        rows,
+        tuning.batch_sequences,
+        TokenStore(tokens, "train"),
+        tuning.text_sequences,
+        [config.seed, tuning.epochs],
+    )
     arguments = SFTConfig(
         **shared_arguments(draft.path, config.seed, config.checkpoint_steps, logging_steps=1),
         num_train_epochs=1,
-        per_device_train_batch_size=tuning.batch_sequences,
+        per_device_train_batch_size=tuning.batch_sequences + tuning.text_sequences,
         learning_rate=tuning.learning_rate,
         warmup_steps=round(WARMUP * steps),
         max_length=None,

@@ -1,12 +1,14 @@
 """On-policy reinforcement learning through TRL: both modes of an instruction, sequence by sequence.
 
 Every instruction is asked twice, the prompt ending in ``<think>`` or ``</think>``, and answered
-several times; an answer's advantage is its reward against those of the same prompt. Importance
-ratios and clipping are of whole sequences, each of which counts the same however long (GSPO:
-Zheng et al., arXiv 2507.18071), with a higher clip upwards and no reference model (DAPO: Yu et
-al., arXiv 2503.14476). Two parts of DAPO are left out: dynamic sampling, which asks again where
-all answers earn the same and which TRL does not have (such prompts teach nothing in their round),
-and the mask on answers that grow too long (not to end is what the format reward punishes).
+several times; an answer's advantage is its reward against those of the same prompt, not divided
+by their deviation, which would make most of what one lucky guess earned (Dr. GRPO: Liu et al.,
+arXiv 2503.20783). Importance ratios and clipping are of whole sequences, each of which counts the
+same however long (GSPO: Zheng et al., arXiv 2507.18071), with a higher clip upwards and no
+reference model (DAPO: Yu et al., arXiv 2503.14476). Two parts of DAPO are left out: dynamic
+sampling, which asks again where all answers earn the same and which TRL does not have (such prompts
+teach nothing in their round), and the mask on answers that grow too long (not to end is what the
+format reward punishes).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from seodang.foundation.post_training.trainers import (
 )
 
 KIND = "policy-optimized"
+AT_ONCE = 128  # answers of one forward pass: what it keeps is large
 
 
 def optimize_policy(
@@ -62,12 +65,14 @@ def optimize_policy(
     ]
     batch = policy.instructions * len(MODES) * policy.answers
     every = policy.steps_per_round
+    passes = math.ceil(batch / every / AT_ONCE)
     saved = every * policy.checkpoint_rounds  # whole rounds: answers are not in a checkpoint
     arguments = GRPOConfig(
         **shared_arguments(draft.path, config.seed, saved, logging_steps=every),
         max_steps=policy.rounds * every,
-        per_device_train_batch_size=math.ceil(batch / every),
-        steps_per_generation=every,
+        per_device_train_batch_size=math.ceil(batch / every / passes),
+        gradient_accumulation_steps=passes,
+        steps_per_generation=every * passes,
         num_generations=policy.answers,
         shuffle_dataset=False,
         learning_rate=policy.learning_rate,
@@ -78,7 +83,7 @@ def optimize_policy(
         loss_type="grpo",
         epsilon=policy.clip_low,
         epsilon_high=policy.clip_high,
-        scale_rewards="group",
+        scale_rewards="none",
         mask_truncated_completions=False,
         disable_dropout=True,
     )

@@ -1,6 +1,6 @@
 """Think-Fusion: one model with two modes, in four steps (A.X K1, arXiv 2601.09200).
 
-    post_train(PostTrainingConfig(), base, Stages(Path("runs/nano/post-training")))
+    post_train(PostTrainingConfig(), base, tokens, Stages(Path("runs/nano/post-training")))
 
 1. From the base, two fine-tunings: Instruct answers at once, Reasoning thinks first.
 2. Their linear merge, mostly Reasoning.
@@ -49,9 +49,12 @@ class PostTrained:
         return [{"step": step, **a.manifest.summary} for step, a in self.measured.items()]
 
 
-def post_train(config: PostTrainingConfig, base: Artifact, stage: Stages) -> PostTrained:
+def post_train(
+    config: PostTrainingConfig, base: Artifact, tokens: Artifact, stage: Stages
+) -> PostTrained:
     """Run the four steps on ``base``, a model directory with its tokenizer.
 
+    ``tokens`` are those of its pretraining, some of which every fine-tuning brings back.
     The folder of ``stage`` then holds ``data``, a folder for each of ``STEPS``, and
     ``measured/STEP``. What is finished there is not done again, what was stopped goes on.
 
@@ -60,17 +63,21 @@ def post_train(config: PostTrainingConfig, base: Artifact, stage: Stages) -> Pos
     data = stage("data", partial(build_reasoning_data, config))
     models: dict[str, Artifact] = {}
     models["instruct"] = stage(
-        "instruct", partial(fine_tune, config, config.instruct, base, data, "train", ["instant"])
+        "instruct",
+        partial(fine_tune, config, config.instruct, base, data, "train", ["instant"], tokens),
     )
     models["reasoning"] = stage(
-        "reasoning", partial(fine_tune, config, config.reasoning, base, data, "train", ["think"])
+        "reasoning",
+        partial(fine_tune, config, config.reasoning, base, data, "train", ["think"], tokens),
     )
     models["merged"] = stage(
         "merged", partial(merge, config, models["reasoning"], models["instruct"])
     )
     models["overlap"] = stage(
         "overlap",
-        partial(fine_tune, config, config.overlap, models["merged"], data, "overlap", MODES),
+        partial(
+            fine_tune, config, config.overlap, models["merged"], data, "overlap", MODES, tokens
+        ),
     )
     models["policy"] = stage("policy", partial(optimize_policy, config, models["overlap"], data))
     measured = {
