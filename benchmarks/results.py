@@ -29,6 +29,7 @@ MODELS = {
     "student": "**student**",
     "cross_entropy": "same student, hard labels",
     "untrained": "student before training",
+    "lexical": "lexical search alone",
 }
 SECTIONS = ("models", "held_out", "tasks", "task_comparisons", "task_robustness", "task_costs")
 

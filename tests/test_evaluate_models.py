@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from seodang.causal_lm import CausalLM
 from seodang.cli import app
 from seodang.evaluation import responding
 from seodang.evaluation.comparison import Named, compare_models
+from seodang.evaluation.gate import check_metrics
 from seodang.evaluation.harness import HarnessModel
 from seodang.evaluation.responding import LocalModel, prompt_text, turn_end
 from seodang.evaluation.task_metrics import evaluate_responses
+from seodang.evaluation.task_report import quality_cost
 from seodang.evaluation.tasks import Task, load_task
-from seodang.recipe import TaskConfig
+from seodang.recipe import GateConfig, TaskConfig
 from tiny import tiny_teacher
 from tiny_families import FAMILIES, save, tiny_model
 from tiny_run import seodang
@@ -144,6 +147,41 @@ def test_the_harness_asks_for_the_same(model: CausalLM) -> None:
     said = [r.said for r in responding.respond(model, task)]
     assert [r.said for r in ours.respond(task)] == said
     assert [r.said for r in theirs.respond(task)] == said
+
+
+def test_the_first_stage_of_a_ranking_is_measured_beside_the_models(tmp_path: Path) -> None:
+    entry = next(entry for entry in tiny_tasks(tmp_path) if entry["kind"] == "ranking")
+    files = {key: str(tmp_path / entry[key]) for key in ("held_out", "first_stage")}
+    task = load_task(TaskConfig(name="search", kind="ranking", **files))
+    model = Named(str(tiny_teacher(tmp_path / "m", layers=1)))
+    found = compare_models(model, None, [task], tmp_path / "out")
+    metrics = json.loads((found.path / "metrics.json").read_text())
+    by_query: dict[str, list[int]] = {}
+    for example in task.examples:  # the search finds them in this order
+        assert example.group is not None
+        by_query.setdefault(example.group, []).append(example.relevance or 0)
+    expected = [ndcg(relevance) for relevance in by_query.values() if any(relevance)]
+    lexical = metrics["tasks"]["search"]["lexical"]["ndcg@10"]
+    assert lexical["value"] == pytest.approx(np.mean(expected))
+    compared = metrics["task_comparisons"]["search"]["lexical"]["ndcg@10"]
+    ours = metrics["tasks"]["search"]["model"]["ndcg@10"]["value"]
+    assert compared["value"] == pytest.approx(ours - lexical["value"])
+    assert "lexical" not in metrics["task_robustness"]["search"]
+    gate = GateConfig(beats={"lexical": {"tasks": {"search.ndcg@10": {"margin": 0.05}}}})
+    names = [check["name"] for check in check_metrics(metrics, gate)["checks"]]
+    assert names == [f"beats.lexical.tasks.search.ndcg@10{end}" for end in ("", ".p")]
+    shown = metrics["tasks"]["search"]
+    shown |= {"student": shown["model"], "teacher": shown["model"]}
+    costs, sizes = ({name: {key: 0.1} for name in shown} for key in ("median", "bytes"))
+    plot = quality_cost("search", "ndcg@10", shown, costs, sizes)
+    assert plot is not None
+    assert f"Lexical search {lexical['value']:.1%}" in plot.svg
+
+
+def ndcg(relevance: list[int]) -> float:
+    gains = [gain / math.log2(place + 2) for place, gain in enumerate(relevance[:10])]
+    best = sorted(relevance, reverse=True)[:10]
+    return sum(gains) / sum(gain / math.log2(place + 2) for place, gain in enumerate(best))
 
 
 def test_a_stopped_comparison_goes_on_to_the_same_result(

@@ -139,7 +139,8 @@ WRONG = {
     ),
     "unknown baseline": (
         changed("untrained:", "random:"),
-        "recipe.yaml:24: `gate.beats.random`: Input should be 'untrained' or 'cross_entropy'",
+        "recipe.yaml:24: `gate.beats.random`: Input should be 'untrained', 'cross_entropy' or "
+        "'lexical'",
     ),
     "missing key": (
         changed("      license: MIT\n", ""),

@@ -94,6 +94,27 @@ def test_answers_must_keep_to_the_schema(tmp_path: Path) -> None:
         load_task(config)
 
 
+def test_scores_of_the_first_stage_are_those_of_the_passages(tmp_path: Path) -> None:
+    entry = next(entry for entry in tiny_tasks(tmp_path) if entry["kind"] == "ranking")
+    files = {key: str(tmp_path / entry[key]) for key in ("held_out", "first_stage")}
+    config = TaskConfig(name="search", kind="ranking", **files)
+    task = load_task(config)
+    assert task.first_stage is not None
+    assert set(task.first_stage) == {example.id for example in task.examples}
+    assert task.digest != load_task(config.model_copy(update={"first_stage": None})).digest
+    file = Path(files["first_stage"])
+    first, *rest = [json.loads(line) for line in file.read_text().splitlines()]
+    for lines, said in (
+        (rest, f"has no score of {first['ids'][0]}"),
+        ([first | {"scores": [1.0]}, *rest], ":1: wants as many `scores` as `ids`"),
+        ([*rest, first | {"scores": ["1"] * len(first["ids"])}], "`scores`: are not all numbers"),
+    ):
+        write_lines(file, lines)
+        with pytest.raises(InputError) as error:
+            load_task(config)
+        assert said in str(error.value)
+
+
 def test_a_recipe_checks_its_tasks(tmp_path: Path) -> None:
     file = tiny_recipe(tmp_path)
     recipe = yaml.safe_load(file.read_text())
@@ -116,6 +137,11 @@ def test_a_recipe_checks_its_tasks(tmp_path: Path) -> None:
         ({"tasks": others}, "routing.accuracy is no figure of this recipe's tasks"),
         ({"gate": {"floors": {"routing.calibration_error": 1}}}, "is no figure"),
         ({"gate": {"within_teacher": {"routing": 0.1}}}, "gate.within_teacher.routing"),
+        ({"tasks": [first | {"first_stage": "schema.json"}]}, "`first_stage` belongs to"),
+        (
+            {"gate": {"beats": {"lexical": {"tasks": {"routing.accuracy": {}}}}}},
+            "the task of routing.accuracy has no `first_stage`",
+        ),
         ({"gate": {"previous": "gone"}}, "`gate.previous`: no file at gone"),
     ):
         with pytest.raises(InputError) as error:

@@ -87,6 +87,14 @@ def examples(kind: str, numbers: range) -> list[Example]:
     return found
 
 
+def first_stage(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A search that finds the passages of a query in the order of their lines."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        found.setdefault(line["group"], []).append(line["id"])
+    return [{"ids": ids, "scores": [-float(i) for i in range(len(ids))]} for ids in found.values()]
+
+
 def tiny_tasks(folder: Path) -> list[dict[str, Any]]:
     """Write files of all four kinds into ``folder``; the ``tasks`` of a recipe there."""
     (folder / "schema.json").write_text(json.dumps(SCHEMA))
@@ -104,6 +112,9 @@ def tiny_tasks(folder: Path) -> list[dict[str, Any]]:
             ).name
         if kind == "json":
             entry["schema"] = "schema.json"
+        if kind == "ranking":
+            lines = first_stage(task_lines(kind, range(4)))
+            entry["first_stage"] = write_lines(folder / f"{name}.first-stage.jsonl", lines).name
         if kind == "answer":
             entry["refusal"] = REFUSAL
         entries.append(entry)

@@ -23,7 +23,7 @@ from seodang.packages import PackageName, PackagePin, PackageVersion, Registry, 
 EstimatorName = Literal["top-k", "residual", "sampled", "head-tail"]
 Layout = Literal["fast", "small"]
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"]
-BaselineName = Literal["untrained", "cross_entropy"]
+BaselineName = Literal["untrained", "cross_entropy", "lexical"]
 TaskKind = Literal["choice", "ranking", "json", "answer"]
 Language = Literal["ko", "en"]
 TaskMetric = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z0-9@_]+$")]
@@ -357,6 +357,11 @@ class TaskConfig(Section):
     refusal: str | None = Field(
         None, description="the answer where there is nothing to answer from, of kind answer"
     )
+    first_stage: str | None = Field(
+        None,
+        description="scores of the search that found the held-out passages (file), of kind "
+        "ranking: its own ranking is measured as the model `lexical`",
+    )
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Self:
@@ -364,6 +369,8 @@ class TaskConfig(Section):
             raise ValueError("a task of the kind json, and no other, has a `schema`")
         if self.refusal is not None and self.kind != "answer":
             raise ValueError("`refusal` belongs to tasks of the kind answer")
+        if self.first_stage is not None and self.kind != "ranking":
+            raise ValueError("`first_stage` belongs to tasks of the kind ranking")
         return self
 
 
@@ -506,6 +513,13 @@ class Recipe(Section):
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"`tasks`: several have the name {repeated[0]!r}; rename one")
         known = [f"{task.name}.{m}" for task in self.tasks for m in TASK_METRICS[task.kind]]
+        searched = {task.name for task in self.tasks if task.first_stage is not None}
+        for key in self.gate.beats.get("lexical", Margins()).tasks:
+            if key.partition(".")[0] not in searched:
+                raise ValueError(
+                    f"`gate.beats.lexical`: the task of {key} has no `first_stage` to be compared "
+                    "with"
+                )
         for key in self.gate.task_metrics():
             if key not in known:
                 raise ValueError(

@@ -297,9 +297,8 @@ def _resolve(reader: RecipeReader, value: str, path: _Path) -> tuple[Path, str]:
 def _resolve_tasks(tasks: list[TaskConfig], reader: RecipeReader) -> list[TaskConfig]:
     resolved = []
     for i, task in enumerate(tasks):
-        given = {
-            key: getattr(task, key) for key in ("train", "requests", "held_out", "json_schema")
-        }
+        files = ("train", "requests", "held_out", "json_schema", "first_stage")
+        given = {key: getattr(task, key) for key in files}
         targets = {
             key: str(_resolve(reader, value, ("tasks", i, key.removeprefix("json_")))[0])
             for key, value in given.items()

@@ -29,6 +29,7 @@ NAMES = {
     "student": "Student",
     "cross_entropy": "Cross-entropy only",
     "untrained": "Untrained start",
+    "lexical": "Lexical search",
     "before_on_policy": "Before on-policy",
     "after_on_policy": "On-policy, not kept",
 }
@@ -40,6 +41,7 @@ PALETTE = {
     "student": ("#0b5cad", "#6cb4f5"),
     "cross_entropy": ("#b45309", "#f2a65a"),
     "untrained": ("#6b7580", "#98a3af"),
+    "lexical": ("#5b6b34", "#b5c98a"),
     "before_on_policy": ("#44719b", "#9cc4e8"),
     "after_on_policy": ("#44719b", "#9cc4e8"),
     "muted": ("#5a6571", "#a3aebb"),

@@ -25,18 +25,33 @@ from seodang.evaluation.tasks import Task
 
 TASKS = "tasks"  # folder of the per-example results
 ROBUSTNESS = "robustness"  # the same, perturbed
+LEXICAL = "lexical"  # the name of a first stage among the models
 PERTURBED_EXAMPLES = 200  # of a task, at most
 TIMED_REQUESTS = 20  # one at a time
 
 
-class Asked(Protocol):
-    """A model that tasks are put to."""
+class Responds(Protocol):
+    """Whatever responds to a task."""
 
     def respond(self, task: Task, description: str | None) -> list[Response]:
         """The response to each example; progress is shown under ``description``."""
 
+
+class Asked(Responds, Protocol):
+    """A model that tasks are put to."""
+
     def seconds(self, task: Task) -> float:
         """How long the responses to the task's examples take."""
+
+
+@dataclass(frozen=True)
+class _FirstStage:
+    """The search that found the passages, as one that ranks them."""
+
+    scores: Mapping[str, float]
+
+    def respond(self, task: Task, description: str | None) -> list[Response]:
+        return [Response(log_likelihoods=(self.scores[e.id], 0.0)) for e in task.examples]
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,8 @@ def measure_tasks(
 ) -> dict[str, Any]:
     """What metrics.json says of tasks; the per-example results are written below ``folder``.
 
-    ``tasks``: figures by task and model. ``task_comparisons``: the figures of ``compared`` minus
+    ``tasks``: figures by task and model, ``lexical`` being the first stage of a ranking task.
+    ``task_comparisons``: the figures of ``compared`` minus
     those of each other model, paired. ``task_robustness``: of the ``robust`` models, on perturbed
     examples. ``task_costs``: seconds of single requests to the ``timed`` models, on ``machine``.
     ``task_examples``: what was asked. Raises what the models raise.
@@ -75,6 +91,9 @@ def measure_tasks(
             name: measure_task(name, model, task, folder, robustness=name in robust)
             for name, model in models.items()
         }
+        if task.first_stage is not None:
+            search = _FirstStage(task.first_stage)
+            results[LEXICAL] = measure_task(LEXICAL, search, task, folder, robustness=False)
         ours = results[compared].plain
         found["tasks"][task.name] = {name: figures(r.plain) for name, r in results.items()}
         found["task_comparisons"][task.name] = {
@@ -91,7 +110,7 @@ def measure_tasks(
 
 
 def measure_task(
-    name: str, model: Asked, task: Task, folder: Path, *, robustness: bool
+    name: str, model: Responds, task: Task, folder: Path, *, robustness: bool
 ) -> Measured:
     """Ask a model a task and, for ``robustness``, its perturbed examples too.
 
@@ -111,7 +130,7 @@ def measure_task(
     return Measured(plain, found)
 
 
-def _asked(model: Asked, task: Task, description: str, file: Path) -> TaskResult:
+def _asked(model: Responds, task: Task, description: str, file: Path) -> TaskResult:
     if file.exists():
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return TaskResult.of_rows(task, rows)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seodang.evaluation.plots import COLOUR, NAMES, Plot, megabytes, spread, styled, svg
+from seodang.evaluation.task_evaluation import LEXICAL
 from seodang.evaluation.task_metrics import MAIN
 
 LANGUAGES = {"ko": "Korean", "en": "English"}
@@ -140,7 +141,8 @@ def quality_cost(
 ) -> Plot | None:
     """A task's metric with its interval against a request's median milliseconds; area is bytes.
 
-    Draws the models of which all three were measured; None below two of them.
+    Draws the models of which all three were measured, and the first stage of a ranking as a line;
+    None below two of them.
     """
     points = {}
     for model in NAMES:
@@ -178,6 +180,11 @@ def quality_cost(
             color=colour,
             bbox={"facecolor": COLOUR["card"], "edgecolor": "none", "pad": 0.6},
         )
+    if (lexical := figures.get(LEXICAL, {}).get(metric)) is not None:
+        value, colour = lexical["value"], COLOUR[LEXICAL]
+        axes.axhline(value, color=colour, linewidth=1.4, linestyle=(0, (3, 3)))
+        label = f"{NAMES[LEXICAL]} {value:.1%}"
+        axes.text(slowest * 0.01, value - 0.02, label, fontsize=9, color=colour, va="top")
     axes.set_xlim(0, slowest * 1.1)
     axes.set_ylim(-0.06, 1.12)
     axes.set_yticks(np.linspace(0, 1, 5))

@@ -6,13 +6,15 @@ A task comes from a recipe, from a list of tasks in a file of its own, or from a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from seodang.artifact import canonical_json, sha256_bytes
-from seodang.corpus.tasks import Example, read_examples
+from seodang.corpus.formats import File, read_records
+from seodang.corpus.tasks import MAX_LINE, Example, read_examples
 from seodang.errors import InputError
 from seodang.recipe import TaskConfig, TaskKind
 
@@ -24,7 +26,8 @@ class Task:
     """Examples that a model is measured on.
 
     ``schema`` is the JSON schema of the answers (kind json), ``refusal`` the answer where there is
-    nothing to answer from (kind answer). ``extract`` is a pattern whose last match in what a model
+    nothing to answer from (kind answer), ``first_stage`` the score that a search gave to each
+    example, by id (kind ranking). ``extract`` is a pattern whose last match in what a model
     says is its answer, ``max_new_tokens`` how much it may say; both have a default.
     """
 
@@ -33,6 +36,7 @@ class Task:
     examples: Sequence[Example]
     schema: dict[str, Any] | None = field(default=None, hash=False)
     refusal: str | None = None
+    first_stage: dict[str, float] | None = field(default=None, hash=False)
     extract: str | None = None
     max_new_tokens: int | None = None
 
@@ -41,6 +45,8 @@ class Task:
         """SHA-256 of everything that decides a model's result."""
         examples = [example.model_dump() for example in self.examples]
         rest = [self.name, self.kind, self.schema, self.refusal, self.extract, self.max_new_tokens]
+        if self.first_stage is not None:
+            rest.append(self.first_stage)
         return sha256_bytes(canonical_json([*rest, examples]))
 
     @property
@@ -58,15 +64,18 @@ def load_task(config: TaskConfig) -> Task:
     """The held-out side of a recipe's task.
 
     Raises ``InputError`` naming file, line and key for a file that is no task of this kind, a
-    JSON schema that is none, an answer that breaks it, and a refusal that no example expects.
+    JSON schema that is none, an answer that breaks it, and a passage that the search did not score.
     """
     file = Path(config.held_out)
+    examples = read_examples(file, config.kind, config.languages)
+    first_stage = config.first_stage
     task = Task(
         name=config.name,
         kind=config.kind,
-        examples=read_examples(file, config.kind, config.languages),
+        examples=examples,
         schema=None if config.json_schema is None else _read_schema(Path(config.json_schema)),
         refusal=config.refusal,
+        first_stage=None if first_stage is None else _read_scores(Path(first_stage), examples),
     )
     if task.schema is not None:
         from seodang.evaluation.constrained import not_generable
@@ -78,6 +87,24 @@ def load_task(config: TaskConfig) -> Task:
         if unable := not_generable(task.schema):
             raise InputError(f"{config.json_schema}: no answer can be generated under it: {unable}")
     return task
+
+
+def _read_scores(file: Path, examples: Sequence[Example]) -> dict[str, float]:
+    """The scores of the examples: lines of JSON with ``ids`` and their ``scores``, best first."""
+    found: dict[str, float] = {}
+    source = File(file.name, str(file), lambda: file.open("rb"))
+    for record in read_records(source, None, MAX_LINE):
+        line = record.value if isinstance(record.value, dict) else {}
+        ids, scores = line.get("ids"), line.get("scores")
+        if not (isinstance(ids, list) and isinstance(scores, list) and len(ids) == len(scores)):
+            raise InputError(f"{record.where}: wants as many `scores` as `ids`")
+        if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+            raise InputError(f"{record.where}: `scores`: are not all numbers")
+        found.update(zip(map(str, ids), map(float, scores), strict=True))
+    for example in examples:
+        if example.id not in found:
+            raise InputError(f"{file}: has no score of {example.id}, a passage of {example.group}")
+    return {example.id: found[example.id] for example in examples}
 
 
 def _read_schema(file: Path) -> dict[str, Any]:
