@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from seodang.artifact import Artifact
+from seodang.softlabels import open as open_store
 from seodang.training.log import LOG, read_rows
 from tiny_run import seodang, tiny_recipe
 
@@ -20,6 +21,21 @@ import atexit, os, sys
 rank = os.environ.get("RANK")
 if rank:
     atexit.register(lambda: print("tearing down process", rank, file=sys.stderr))
+"""
+
+POISON = """
+import dataclasses
+from seodang.softlabels.store import SoftLabelStore
+
+get = SoftLabelStore.__getitem__
+
+def poisoned(self, index):
+    sequence = get(self, index)
+    if sequence.document_id != "{bad}":
+        return sequence
+    return dataclasses.replace(sequence, weights=sequence.weights * float("nan"))
+
+SoftLabelStore.__getitem__ = poisoned
 """
 
 
@@ -105,6 +121,20 @@ def test_a_killed_process_ends_the_job_which_goes_on_with_another_number(
     assert again.returncode == 0, messages
     assert re.search(r"Continuing from step \d0 of ", messages)
     assert same(losses(out), losses(folder / "run"))
+
+
+def test_the_one_document_with_a_loss_that_is_not_finite_is_named_by_all(
+    folder, tmp_path, monkeypatch
+):
+    bad = open_store(folder / "run" / "soft-labels")[5].document_id
+    out = labels(folder, tmp_path / "poisoned")
+    (tmp_path / "sitecustomize.py").write_text(POISON.format(bad=bad))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = torchrun(folder, out, 2, "--set", "student.batch_tokens=100000")
+    _, messages = job.communicate(timeout=300)
+    assert job.returncode == 1
+    assert f"the loss is not finite; documents: {bad}." in messages
+    assert not (out / "student" / "manifest.json").exists()
 
 
 def test_distill_needs_soft_labels(folder, tmp_path):

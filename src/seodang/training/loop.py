@@ -11,6 +11,7 @@ parameters. A module that has the factor beforehand may compute gradients in its
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
@@ -194,7 +195,7 @@ def _run(
                 documents = sorted({name for pack in packs for name in pack.documents})
                 raise LossSpike(step, loss, spikes, documents)
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise _not_finite(step, module, packs, autocast)
+                raise _not_finite(step, module, packs, autocast, processes)
             for optimizer in optimizers:
                 optimizer.step()
             step += 1
@@ -234,17 +235,27 @@ def schedule(step: int, steps: int, config: TrainingConfig) -> float:
 
 
 def _not_finite(
-    step: int, module: torch.nn.Module, packs: Sequence[Batch], autocast: Any
+    step: int,
+    module: torch.nn.Module,
+    packs: Sequence[Batch],
+    autocast: Any,
+    processes: Processes,
 ) -> WorkFailed:
-    """Say which documents of this process's packs have a loss that is not finite."""
-    documents = {name for pack in packs for name in pack.documents}
-    # A sharded module works only with all processes together, each of which has other packs.
-    if not hasattr(module, "unshard"):
-        device = next(module.parameters()).device
-        with torch.no_grad(), autocast:
-            alone = [batch for pack in packs for batch in pack.apart()]
-            bad = [b for b in alone if not math.isfinite(float(module(b.to(device), 1.0).total))]
-        documents = {name for batch in bad for name in batch.documents} or documents
+    """Say which documents of the step have a loss that is not finite, or else name them all."""
+    alone = [batch for pack in packs for batch in pack.apart()] or packs
+    # A sharded module works only with all processes together: all take as many turns.
+    turns = int(processes.add([float(len(alone))])[0])
+    bad = []
+    with torch.no_grad(), autocast:
+        for turn in range(turns):
+            batch = alone[turn % len(alone)]
+            if not math.isfinite(float(module(batch.to(processes.device), 1.0).total)):
+                bad.append(batch)
+    documents: set[str] = set()
+    for batches in (bad, packs):
+        own = json.dumps([name for batch in batches for name in batch.documents])
+        if not documents:
+            documents = {name for said in processes.all_say(own) for name in json.loads(said)}
     return WorkFailed(
         f"step {step}: the loss is not finite; documents: {', '.join(sorted(documents))}. "
         "Lower the learning_rate, or look at these documents"

@@ -50,6 +50,19 @@ class Processes:
         dist.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
 
+    def all_say(self, text: str) -> list[str]:
+        """What each process says, in the order of their ranks."""
+        if self.count == 1:
+            return [text]
+        data = text.encode()
+        sizes = self.add([float(len(data) * (rank == self.rank)) for rank in range(self.count)])
+        said = torch.zeros(self.count, max(1, int(max(sizes))), dtype=torch.uint8)
+        said[self.rank, : len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        said = said.to(self.device)
+        dist.all_reduce(said)
+        rows = zip(said.cpu().numpy(), sizes, strict=True)
+        return [row[: int(size)].tobytes().decode() for row, size in rows]
+
     def wait(self) -> None:
         """Wait until every process is here."""
         self.add([0.0])
