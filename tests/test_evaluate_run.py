@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from seodang.artifact import SIGNATURE, Artifact
+from seodang.errors import InputError
 from seodang.pipeline import RunResult, run
 from seodang.recipe_file import load_recipe
 from tiny_run import tiny_recipe
-from tiny_tasks import tiny_tasks
+from tiny_tasks import task_lines, tiny_tasks, write_lines
 
 NAMES = ["teacher", "student", "cross_entropy", "untrained"]
 
@@ -102,6 +103,30 @@ def test_nothing_is_measured_again(result: RunResult) -> None:
     recipe = load_recipe(result.out.parent / "recipe.yaml")
     again = run(recipe, result.out)
     assert not any(stage["ran"] for stage in again.stages.values())
+
+
+@pytest.mark.parametrize("broken", ["order.held_out.jsonl", "new.jsonl", "metrics.json"])
+def test_what_is_read_last_is_looked_at_first(broken: str, tmp_path: Path) -> None:
+    """A held-out example that breaks its schema, a request, the previous release's figures."""
+    file = tiny_recipe(tmp_path)
+    recipe = yaml.safe_load(file.read_text())
+    tasks = {task["name"]: task for task in tiny_tasks(tmp_path)}
+    requests = task_lines("json", range(30, 32))
+    for request in requests:
+        del request["answer"]
+    tasks["order"]["requests"] = write_lines(tmp_path / "new.jsonl", requests).name
+    recipe |= {"tasks": [tasks["order"]], "gate": {"previous": "metrics.json"}}
+    (tmp_path / "metrics.json").write_text('{"models": {}}')
+    file.write_text(yaml.safe_dump(recipe))
+    spoilt = {
+        "order.held_out.jsonl": [{**task_lines("json", range(1))[0], "answer": '{"topic": 1}'}],
+        "new.jsonl": [{"id": "no messages"}],
+        "metrics.json": [{"neither": 1}],
+    }
+    write_lines(tmp_path / broken, spoilt[broken])
+    with pytest.raises(InputError, match=broken):
+        run(load_recipe(file), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*/manifest.json"))
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_answers_keep_to_their_task_and_the_others_are_counted(recipe: Path) -> 
         t.model_copy(
             update={
                 key: str(folder / value)
-                for key in ("train", "held_out", "requests", "json_schema")
+                for key in ("train", "held_out", "requests", "json_schema", "first_stage")
                 if (value := getattr(t, key)) is not None
             }
         )

@@ -205,13 +205,22 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, stage: Stages) -> Prepared:
-    """The corpus; the teacher, fine-tuned on it if it shall be; and what it answers to requests."""
+    """The corpus; the teacher, fine-tuned on it if it shall be; and what it answers to requests.
+
+    Raises ``InputError`` before any work if a file of the tasks is wrong anywhere.
+    """
     from seodang.causal_lm import load_tokenizer, tokenizer_fingerprint
     from seodang.corpus.build import build, read_documents
+    from seodang.corpus.tasks import read_requests
+    from seodang.evaluation.tasks import load_task
     from seodang.student.fine_tuning import fine_tune
     from seodang.teacher.local import teacher_directory, teacher_source
     from seodang.teacher_answers import answer_requests, with_answers
 
+    for task in recipe.tasks:
+        load_task(task)
+        if task.requests is not None:
+            read_requests(Path(task.requests), task.kind, task.languages)
     teacher = teacher_directory(recipe.teacher)
     tokenizer = load_tokenizer(teacher)
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -264,12 +273,15 @@ def distill(recipe: Recipe, out: Path) -> Artifact:
 
 def _check_needs(recipe: Recipe) -> None:
     """Refuse to start what could not be ended: packages, converter and engine must be here."""
+    from seodang.evaluation.gate import read_metrics
     from seodang.packages import open_package
     from seodang.release.engine import check_engine
     from seodang.release.gguf import check_converter
 
     for pin in recipe.packages():
         open_package(pin).close()
+    if recipe.gate.previous is not None:
+        read_metrics(Path(recipe.gate.previous))
     if recipe.release.quantizations:
         check_converter()
         check_engine()
