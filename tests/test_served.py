@@ -29,6 +29,8 @@ from hypothesis import strategies as st
 from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError, WorkFailed
+from seodang.evaluation.comparison import Named
+from seodang.evaluation.harness import HarnessModel
 from seodang.machine import Memory
 from seodang.recipe import SoftLabelsConfig
 from seodang.softlabels.capture import capture, capture_each
@@ -61,7 +63,8 @@ class Http(ThreadingHTTPServer):
 class Vllm:
     """A server on a port of this machine; ``edit`` changes its answers to /completions.
 
-    ``failures`` are statuses that the next requests get, ``hidden`` pages that it has not.
+    ``failures`` are statuses that the next requests get, ``hidden`` pages that it has not. With a
+    ``key`` it answers nobody else.
     """
 
     def __init__(self, model: CausalLM, root: Path) -> None:
@@ -70,6 +73,7 @@ class Vllm:
         self.edit: Callable[[Answer], object] = lambda answer: None
         self.failures: list[int] = []
         self.hidden: set[str] = set()
+        self.key: str | None = None
         self.requests: list[Answer] = []
         self.held = self.most_held = 0
         self.lock = threading.Lock()
@@ -91,6 +95,8 @@ class Vllm:
                 self.reply(*vllm.reply(self.path, body))
 
             def reply(self, status: int, content: Any) -> None:
+                if vllm.key and self.headers["Authorization"] != f"Bearer {vllm.key}":
+                    status, content = 401, {"error": "Unauthorized"}
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -486,6 +492,26 @@ def test_many_errors_at_once_are_one(
     vllm.up()
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+def test_a_server_may_want_a_key(
+    teacher: ServedTeacher, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm.key = "open sesame"
+    monkeypatch.setenv("OPENAI_API_KEY", vllm.key)  # meant for another server: stays here
+    header = HarnessModel.served(vllm.address, "tiny", None).lm.header
+    assert "Authorization" not in header
+    for ask in (
+        lambda: ServedTeacher.connect(vllm.address, "tiny", teacher.directory),
+        lambda: Named(vllm.address, model="tiny").check(),
+    ):
+        with pytest.raises(InputError, match=r"answers 401.*set SEODANG_API_KEY"):
+            ask()
+    monkeypatch.setenv("SEODANG_API_KEY", vllm.key)
+    assert ServedTeacher.connect(vllm.address, "tiny", teacher.directory).model == "tiny"
+    Named(vllm.address, model="tiny").check()
+    header = HarnessModel.served(vllm.address, "tiny", None).lm.header
+    assert header["Authorization"] == f"Bearer {vllm.key}"
 
 
 def test_what_the_server_refuses_is_told_in_its_words(teacher: ServedTeacher, vllm: Vllm) -> None:

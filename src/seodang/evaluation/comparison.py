@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seodang.api_key import authorization, hint
 from seodang.artifact import Artifact, begin, canonical_json, sha256_bytes, write_json
 from seodang.errors import InputError
 from seodang.evaluation.harness import HarnessModel, check_harness
@@ -80,7 +81,10 @@ def _check_server(address: str, model: str) -> None:
 
     url = f"{address.rstrip('/')}/models"
     try:
-        names = [str(card["id"]) for card in httpx.get(url).raise_for_status().json()["data"]]
+        answer = httpx.get(url, headers=authorization())
+        if answer.status_code in (401, 403):
+            raise InputError(f"{url} answers {answer.status_code}{hint(answer.status_code)}")
+        names = [str(card["id"]) for card in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{url}: no OpenAI-compatible server answers here: {error!r}") from None
     if model not in names:

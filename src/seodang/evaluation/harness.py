@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seodang.api_key import authorization
 from seodang.errors import InputError, WorkFailed
 from seodang.evaluation.task_metrics import Response
 from seodang.evaluation.tasks import SPARE_TOKENS, Task
@@ -59,6 +60,8 @@ class HarnessModel:
             "num_concurrent": CONCURRENT_REQUESTS,
             "max_retries": ATTEMPTS,
             "max_length": LONGEST_REQUEST,
+            # Without a header the harness would send the key that is meant for OpenAI.
+            "header": authorization() or {"Content-Type": "application/json"},
         }
         address = address.rstrip("/")
         if tokenizer is None:

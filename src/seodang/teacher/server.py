@@ -14,6 +14,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from seodang.api_key import authorization, hint
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say
 
@@ -54,7 +55,7 @@ class Server:
 
     async def __aenter__(self) -> Self:
         timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS, pool=None)
-        self._client = httpx.AsyncClient(timeout=timeout)
+        self._client = httpx.AsyncClient(timeout=timeout, headers=authorization())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -101,7 +102,8 @@ class Server:
             raise _TryAgain(f"{answer.status_code}: {_message(answer)}")
         if answer.status_code != 200:
             raise Refused(
-                f"{url} answers {answer.status_code}: {_message(answer)}", answer.status_code
+                f"{url} answers {answer.status_code}: {_message(answer)}{hint(answer.status_code)}",
+                answer.status_code,
             )
         try:
             return answer.json()
