@@ -192,6 +192,11 @@ def test_the_student_learns_from_them_and_the_baseline_does_not(recipe: Path, ou
     answers = [json.loads(line) for line in (out / "answers" / "answers.jsonl").open()]
     kept = {f"{a['task']}#{a['id']}" for a in answers if a["dropped"] is None}
     assert {d["origin"] for d in documents if d["id"] in written} <= kept
+    counts = [
+        sum(Artifact.open(out / name).manifest.summary["dropped"].values())
+        for name in (corpus.path.name, "corpus")
+    ]
+    assert len(kept) == len(written) + counts[0] - counts[1]
     held_out = [read_sequences(out / name, "held_out") for name in ("corpus", corpus.path.name)]
     assert [s.digest for s in held_out[0]] == [s.digest for s in held_out[1]]
     store = open_store(out / "soft-labels")

@@ -134,8 +134,8 @@ def extend(
 ) -> Artifact:
     """``corpus`` with further ``documents`` on its training side, which ``digest`` identifies.
 
-    What has the words of a document that is there is left out. In ``documents.jsonl`` the new ones
-    have the key ``written_by_teacher``. Raises what :func:`build` raises for them.
+    What has the words of a document that is there is left out, and counted. In ``documents.jsonl``
+    the new ones have the key ``written_by_teacher``. Raises what :func:`build` raises for them.
     """
     draft = begin(out, "corpus", corpus.manifest.config, {"corpus": corpus.digest, "added": digest})
     if isinstance(draft, Artifact):
@@ -146,7 +146,11 @@ def extend(
     lines = read_documents(corpus.path)
     known = {line["id"] for line in lines}
     dropped: _Dropped = defaultdict(Counter)
-    added = [d for d in without_duplicates(documents()) if d.id not in known]
+    given = documents()
+    added = [d for d in without_duplicates(given) if d.id not in known]
+    repeated = Counter(d.source for d in given) - Counter(d.source for d in added)
+    for name, count in repeated.items():
+        dropped[name]["exact duplicate"] = count
     groups = [Cluster(sha256_bytes(document.id.encode()), [document]) for document in added]
     entries = _tokenize(groups, tokenizer, config, dropped)
     sides: dict[str, Side] = {entry.cluster: "train" for entry in entries}
@@ -160,6 +164,8 @@ def extend(
     new = _summary(entries, sides, dropped)
     for key in ("documents", "tokens", "labelled_tokens"):
         summary[key] = {side: count + new[key][side] for side, count in summary[key].items()}
+    summary["dropped"] = dict(Counter(summary["dropped"]) + Counter(new["dropped"]))
+    say(f"corpus: {len(entries):,} documents more to train on; dropped: {_listed(new['dropped'])}")
     sources = [*corpus.manifest.sources]
     for source in _task_sources([entry.document for entry in entries], entries):
         sources.append(source.model_copy(update={"name": f"{source.name}; the teacher's answers"}))
