@@ -124,6 +124,15 @@ def test_the_loss_is_that_of_the_completions_alone(base: Artifact) -> None:
     loss = completion_loss(model, ids, labels, attention_mask)
     expected = model(input_ids=ids, attention_mask=attention_mask, labels=labels).loss
     torch.testing.assert_close(loss, expected)
+    text = ids[:2].clone()
+    with_text = completion_loss(
+        model,
+        torch.cat([ids, text]),
+        torch.cat([labels, text]),
+        torch.cat([attention_mask, torch.ones_like(text)]),
+        text_weight=0.3,
+    )
+    torch.testing.assert_close(with_text, expected + 0.3 * model(input_ids=text, labels=text).loss)
     other = completion_loss(model, ids.where(attention_mask.bool(), 5), labels, attention_mask)
     torch.testing.assert_close(loss, other)
 

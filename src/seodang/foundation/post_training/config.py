@@ -16,6 +16,7 @@ class FineTuningConfig(Section):
     text_sequences: int = Field(
         4, ge=0, description="windows of pretraining text beside them, so that it is not forgotten"
     )
+    text_weight: float = Field(0.3, ge=0, description="of that text's loss beside the answers'")
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
 
 

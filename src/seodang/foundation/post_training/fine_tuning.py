@@ -1,8 +1,8 @@
 """Supervised fine-tuning through TRL: Instruct, Reasoning, and both modes in one.
 
 The loss is on what the assistant says: after ``<think>`` the thoughts and the answer, after
-``</think>`` the answer alone, and the token that ends the turn; and on all of the pretraining text
-that every step brings back.
+``</think>`` the answer alone, and the token that ends the turn. The loss of the pretraining text
+that every step brings back is added with a weight of its own, as answers may be few tokens.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def fine_tune(
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
         ) -> torch.Tensor:
-            return completion_loss(model, **inputs)
+            return completion_loss(model, **inputs, text_weight=tuning.text_weight)
 
     loaded = load(model, draft.path)
     problems = read_problems(data, split)[: tuning.problems]
@@ -114,16 +114,23 @@ def completion_loss(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     attention_mask: torch.Tensor,
+    text_weight: float = 0.0,
     **_: Any,
 ) -> torch.Tensor:
-    """Mean negative log-likelihood of the labelled tokens; all arguments (sequences, tokens).
+    """Mean negative log-likelihood of the labelled tokens; all tensors (sequences, tokens).
 
     What TRL computes; but without a GPU it computes the logits of prompts and padding as well.
+    Sequences that are labelled from their first token on are text: their mean, times
+    ``text_weight``, is added to that of the others.
     """
     found = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     labelled = labels[:, 1:] != UNOBSERVED
     logits_NV = model.get_output_embeddings()(found.last_hidden_state[:, :-1][labelled])
-    return torch.nn.functional.cross_entropy(logits_NV, labels[:, 1:][labelled])
+    targets_N = labels[:, 1:][labelled]
+    losses_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    is_text_N = (labels[:, :1] != UNOBSERVED).expand_as(labelled)[labelled]
+    loss = losses_N[~is_text_N].mean()
+    return loss + text_weight * losses_N[is_text_N].mean() if is_text_N.any() else loss
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: list[int]) -> list[int]:
