@@ -15,7 +15,7 @@ from seodang.errors import InputError
 from seodang.pipeline import RunResult, run
 from seodang.recipe_file import load_recipe
 from tiny_run import tiny_recipe
-from tiny_tasks import task_lines, tiny_tasks, write_lines
+from tiny_tasks import request_lines, task_lines, tiny_tasks, write_lines
 
 NAMES = ["teacher", "student", "cross_entropy", "untrained"]
 
@@ -111,10 +111,8 @@ def test_what_is_read_last_is_looked_at_first(broken: str, tmp_path: Path) -> No
     file = tiny_recipe(tmp_path)
     recipe = yaml.safe_load(file.read_text())
     tasks = {task["name"]: task for task in tiny_tasks(tmp_path)}
-    requests = task_lines("json", range(30, 32))
-    for request in requests:
-        del request["answer"]
-    tasks["order"]["requests"] = write_lines(tmp_path / "new.jsonl", requests).name
+    new = write_lines(tmp_path / "new.jsonl", request_lines("json", range(30, 32)))
+    tasks["order"]["requests"] = new.name
     recipe |= {"tasks": [tasks["order"]], "gate": {"previous": "metrics.json"}}
     (tmp_path / "metrics.json").write_text('{"models": {}}')
     file.write_text(yaml.safe_dump(recipe))

@@ -27,21 +27,21 @@ from seodang.training.log import LOG, read_rows
 from served import NAME, running, tiny_release
 from tiny import tiny_teacher
 from tiny_run import tiny_recipe
-from tiny_tasks import REFUSAL, SCHEMA, SHORT_SCHEMA, task_lines, tiny_tasks, write_lines
-
-
-def requests(kind: str, numbers: range) -> list[dict[str, Any]]:
-    """Lines of a file of requests: examples without what is known of their answers."""
-    unknown = ("answer", "relevance")
-    return [
-        {k: v for k, v in line.items() if k not in unknown} for line in task_lines(kind, numbers)
-    ]
+from tiny_tasks import (
+    REFUSAL,
+    SCHEMA,
+    SHORT_SCHEMA,
+    request_lines,
+    task_lines,
+    tiny_tasks,
+    write_lines,
+)
 
 
 def tasks_with_requests(folder: Path, numbers: range = range(20, 23)) -> list[dict[str, Any]]:
     found = tiny_tasks(folder)
     for task in found:
-        lines = requests(task["kind"], numbers)
+        lines = request_lines(task["kind"], numbers)
         task["requests"] = write_lines(folder / f"{task['name']}.requests.jsonl", lines).name
     return found
 
@@ -76,7 +76,7 @@ def task(folder: Path, kind: Any, asked: list[dict[str, Any]], **changes: Any) -
 
 @pytest.mark.parametrize("kind", ["choice", "ranking", "json", "answer"])
 def test_requests_are_read_without_answers(kind: Any, tmp_path: Path) -> None:
-    lines = requests(kind, range(3))
+    lines = request_lines(kind, range(3))
     found = read_requests(write_lines(tmp_path / "r.jsonl", lines), kind)
     assert [r.model_dump(exclude_none=True) for r in found] == lines
     answered = write_lines(tmp_path / "answered.jsonl", task_lines(kind, range(3)))
@@ -88,9 +88,9 @@ def test_requests_are_read_without_answers(kind: Any, tmp_path: Path) -> None:
 
 
 def test_nothing_that_is_known_or_measured_is_asked(tmp_path: Path) -> None:
-    new = requests("choice", range(30, 32))
-    known = requests("choice", range(10, 11))
-    held_out = requests("choice", range(2, 3))
+    new = request_lines("choice", range(30, 32))
+    known = request_lines("choice", range(10, 11))
+    held_out = request_lines("choice", range(2, 3))
     shouted = [{**line, "id": f"{line['id']}-2"} for line in new]
     for line in shouted:
         system, user = line["messages"]
@@ -139,7 +139,7 @@ def test_stopped_it_asks_only_what_is_left_and_says_the_same(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher_answers, "BLOCK_REQUESTS", 5)
-    routing = task(tmp_path, "choice", requests("choice", range(20, 23)))
+    routing = task(tmp_path, "choice", request_lines("choice", range(20, 23)))
     teacher, model = load_recipe(recipe).teacher, recipe.parent / "teacher"
     real, asked = teacher_answers.respond, 0
 
@@ -163,7 +163,7 @@ def test_a_served_teacher_is_asked_to_chat(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     schema = write_lines(tmp_path / "schema.json", [SHORT_SCHEMA])
-    order = task(tmp_path, "json", requests("json", range(30, 31)), schema=str(schema))
+    order = task(tmp_path, "json", request_lines("json", range(30, 31)), schema=str(schema))
     lines = [
         {**line, "answer": '{"topic": "card"}' + " " * 300} for line in task_lines("json", range(4))
     ]

@@ -72,6 +72,14 @@ def task_lines(kind: str, numbers: range) -> list[dict[str, Any]]:
     ]
 
 
+def request_lines(kind: str, numbers: range) -> list[dict[str, Any]]:
+    """Lines of a file of requests: examples without what is known of their answers."""
+    unknown = ("answer", "relevance")
+    return [
+        {k: v for k, v in line.items() if k not in unknown} for line in task_lines(kind, numbers)
+    ]
+
+
 def write_lines(file: Path, lines: list[dict[str, Any]]) -> Path:
     """Write a task file."""
     file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

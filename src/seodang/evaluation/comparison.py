@@ -82,8 +82,8 @@ def _check_server(address: str, model: str) -> None:
     url = f"{address.rstrip('/')}/models"
     try:
         answer = httpx.get(url, headers=authorization())
-        if answer.status_code in (401, 403):
-            raise InputError(f"{url} answers {answer.status_code}{hint(answer.status_code)}")
+        if wants_key := hint(answer.status_code):
+            raise InputError(f"{url} answers {answer.status_code}{wants_key}")
         names = [str(card["id"]) for card in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{url}: no OpenAI-compatible server answers here: {error!r}") from None

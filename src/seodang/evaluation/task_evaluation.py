@@ -74,10 +74,11 @@ def measure_tasks(
     """What metrics.json says of tasks; the per-example results are written below ``folder``.
 
     ``tasks``: figures by task and model, ``lexical`` being the first stage of a ranking task.
-    ``task_comparisons``: the figures of ``compared`` minus
-    those of each other model, paired. ``task_robustness``: of the ``robust`` models, on perturbed
-    examples. ``task_costs``: seconds of single requests to the ``timed`` models, on ``machine``.
-    ``task_examples``: what was asked. Raises what the models raise.
+    ``task_comparisons``: the figures of ``compared`` minus those of each other model, paired.
+    ``task_robustness``: of the ``robust`` models, on perturbed examples. ``task_costs``: seconds of
+    single requests to the ``timed`` models, on ``machine``. ``task_examples``: what was asked.
+
+    Raises what the models raise.
     """
     found: dict[str, Any] = {
         "tasks": {},

@@ -251,11 +251,12 @@ def _not_finite(
             batch = alone[turn % len(alone)]
             if not math.isfinite(float(module(batch.to(processes.device), 1.0).total)):
                 bad.append(batch)
-    documents: set[str] = set()
-    for batches in (bad, packs):
+
+    def in_all_processes(batches: Sequence[Batch]) -> set[str]:
         own = json.dumps([name for batch in batches for name in batch.documents])
-        if not documents:
-            documents = {name for said in processes.all_say(own) for name in json.loads(said)}
+        return {name for said in processes.all_say(own) for name in json.loads(said)}
+
+    documents = in_all_processes(bad) or in_all_processes(packs)
     return WorkFailed(
         f"step {step}: the loss is not finite; documents: {', '.join(sorted(documents))}. "
         "Lower the learning_rate, or look at these documents"
