@@ -20,6 +20,7 @@ import torch
 
 from seodang.artifact import canonical_json, sha256_bytes, sha256_file
 from seodang.errors import InputError
+from seodang.training.latent_decoding import use_latent_decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,6 +153,7 @@ class CausalLM:
                 f"the first is {missing[0]}"
             )
         model = model.to(device or default_device()).eval()
+        use_latent_decoding(model)
         found = cls(model, tokenizer)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= found.vocab_size:

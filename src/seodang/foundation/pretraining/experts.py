@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag, silu
 from seodang.training.products import linear
 
 EXPERTS = "seodang_grouped"
-ROWS = 64
+ROWS = 32
 FEW_ROWS = 8
 
 
@@ -87,8 +87,8 @@ class _Experts(torch.autograd.Function):
         weight_S = weights_TK.reshape(-1)[pair_S.clamp(min=0)].masked_fill_(pair_S < 0, 0.0)
         grad_x_SH, grad_weight_S = torch.empty_like(x_SH), torch.empty_like(weight_S)
         grad_gate_up_EFH, grad_down_EHI = torch.zeros_like(gate_up_EFH), torch.zeros_like(down_EHI)
-        up_to_down_EIH = down_EHI.transpose(1, 2).contiguous()
-        down_to_up_EHF = gate_up_EFH.transpose(1, 2).contiguous()
+        up_to_down_EIH = down_EHI.transpose(1, 2)
+        down_to_up_EHF = gate_up_EFH.transpose(1, 2)
         tensors = (x_SH, gate_up_SF, grad_SH, weight_S[:, None], grad_weight_S, grad_x_SH)
         rows = (tensor.split(ctx.counts) for tensor in tensors)
         of_experts = (up_to_down_EIH, down_to_up_EHF, grad_gate_up_EFH, grad_down_EHI)
