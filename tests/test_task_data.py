@@ -172,10 +172,25 @@ def test_named_parts_and_places_stand_in_the_request(trade):
     fields = {"manufacturing": ("work_order", ["part"])}
     fields["mobility"] = ("trip_query", ["origin", "destination"])
     task, keys = fields.get(name, ("", []))
+    wording = yaml.safe_load((RECIPES / name / "wording.yaml").read_text("utf-8")) if task else {}
+    things = wording.get("things", {})
     for asked in sides(out, task, "json")[1] if task else []:
         answer = json.loads(asked.answer)
         for key in keys:
-            assert answer[key] is None or answer[key] in user_text(asked)
+            names = [answer[key], *things.get(answer[key], [])]
+            assert answer[key] is None or any(named in user_text(asked) for named in names)
+
+
+def test_every_term_that_is_asked_for_was_seen(trade):
+    name, out = trade
+    if name != "manufacturing":
+        return
+    train, held_out = sides(out, "work_order", "json")
+    for group in {asked.group for asked in held_out if asked.synthetic}:
+        asked_for = [json.loads(e.answer) for e in held_out if e.group == group]
+        for key in asked_for[0]:
+            known = {json.loads(e.answer)[key] for e in train}
+            assert known.issuperset(answer[key] for answer in asked_for), (group, key)
 
 
 def test_the_first_stage_ranks_exactly_what_is_asked(trade):

@@ -3,12 +3,14 @@
 Two tasks of a factory's maintenance and safety desk, in Korean:
 
 - ``work_order`` (json): a report becomes a work order or an incident: its type, cause, part and
-  action. The types are terms of the maintenance register (ontocraft-check), the parts those of the
-  railway's catalogue (korail-mcp); the reports are made, from ``wording.yaml``, and the held-out
-  ones name parts, or say it in ways, that no training report does. The accident alerts of the
-  Occupational Safety and Health Agency (safety-law-mapper) are real: those before May 2026 are for
-  training, later ones are held out. Their cause is the alert's own; the part is the thing in the
-  title that ``wording.yaml`` lists, and no action is reported.
+  action. All of these are terms to choose from: the types those of the maintenance register
+  (ontocraft-check); the part is the kind of a part that the railway's catalogue (korail-mcp) names.
+  The reports are made, from ``wording.yaml``, and the held-out ones name parts, of known kinds, or
+  say it in ways, that no training report does. The accident alerts of the Occupational Safety and
+  Health Agency (safety-law-mapper) are real: those before May 2026 are for training, later ones are
+  held out. Their cause is the alert's own; the part is the kind of thing in the title that
+  ``wording.yaml`` lists, and no action is reported. Two of three reports to train on come without
+  an answer, as reports do.
 - ``accident_type`` (choice): an alert's site and work, without the words at the end that say what
   happened; which accident was it? All real, split by the same date.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -34,9 +37,12 @@ CATALOGUE = "gateway/_bundled/m-procurement/data/g2b_item.csv"
 ALERTS = "safety_law_mapper/data/incidents/kosha-alerts.jsonl"
 TERMS = "ontocraft_check/data/registry/maint.json"
 HELD_OUT_FROM = "2026-05"
-SYSTEM = "정비·재해 보고를 JSON으로 옮기세요: type, cause, part, action."
 ACCIDENTS = ["떨어짐", "깔림", "끼임", "맞음", "부딪힘"]
+ACCIDENT = "재해"  # what is reported, if not work to do
 OTHER_ACCIDENT = "그 밖의 재해"
+PARTICLES = {"이": "가", "은": "는", "을": "를", "과": "와", "으로": "로", "이라": "라"}
+RIEUL = 8  # the number of the consonant ㄹ at a syllable's end
+LABELLED = 3  # one of so many reports to train on has its answer; the others wait for the teacher's
 MADE: Any = {
     "source": "Made from parts of korail-mcp 1.0.1 and terms of the OntoCraft register (CC BY 4.0)",
     "license": "LicenseRef-data.go.kr AND CC-BY-4.0",
@@ -53,14 +59,15 @@ ALERT: Any = {
 
 def main() -> None:
     """Write both tasks and the schema of the first."""
-    options = script_options(__doc__, "a tenth of the made reports")
-    share = 0.1 if options.quick else 1.0
+    options = script_options(__doc__, "a twenty-fifth of the made reports")
+    share = 0.04 if options.quick else 1.0
     wording = yaml.safe_load((HERE / "wording.yaml").read_text("utf-8"))
     packages = open_packages(HERE / "packages.yaml")
     check_terms(wording, packages["ontocraft-check"])
-    alerts = read_alerts(packages["safety-law-mapper"])
+    alerts = read_alerts(packages["safety-law-mapper"])[:: 4 if options.quick else 1]
     reports = Reports(wording, packages["korail-mcp"])
-    train = [reports.make("train", "train") for _ in range(int(2200 * share))]
+    train = [reports.make("train", "train") for _ in range(int(10000 * share))]
+    train += [reports.accident() for _ in range(int(2000 * share))]
     held_out = [
         reports.make(words, parts)
         for words, parts in (("train", "held_out"), ("held_out", "train"), ("held_out",) * 2)
@@ -68,11 +75,11 @@ def main() -> None:
     ]
     for alert in alerts:
         side = held_out if alert["posted_at"] >= HELD_OUT_FROM else train
-        side.append(incident(alert, wording["objects"]))
+        side.append(incident(alert, wording["things"]))
     random.Random("order of the reports").shuffle(train)
-    write_task(options.out, "work_order", *apart(train, held_out))
+    write_task(options.out, "work_order", *apart(train, held_out), LABELLED)
     (options.out / "work_order.schema.json").write_text(
-        json.dumps(schema(wording, alerts), ensure_ascii=False, indent=1) + "\n", "utf-8"
+        json.dumps(schema(wording, reports, alerts), ensure_ascii=False, indent=1) + "\n", "utf-8"
     )
     sides: dict[bool, list[Example]] = {True: [], False: []}
     for alert in alerts:
@@ -80,15 +87,16 @@ def main() -> None:
     write_task(options.out, "accident_type", *apart(sides[False], sides[True]))
 
 
-def schema(wording: dict[str, Any], alerts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a work order or an incident is: all but the part are terms to choose from."""
-    causes = [*wording["symptoms"], *sorted({alert["accident_type"][0] for alert in alerts})]
-    none = {"type": "null"}
+def schema(
+    wording: dict[str, Any], reports: Reports, alerts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a work order or an incident is: terms to choose from, and null for what is not told."""
+    accidents = sorted({*wording["accidents"], *(alert["accident_type"][0] for alert in alerts)})
     properties = {
-        "type": {"enum": [*wording["types"], "재해"]},
-        "cause": {"enum": causes},
-        "part": {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 24}, none]},
-        "action": {"anyOf": [{"enum": list(wording["actions"])}, none]},
+        "type": {"enum": [*wording["types"], ACCIDENT]},
+        "cause": {"enum": [*wording["symptoms"], *accidents]},
+        "part": {"enum": [*dict.fromkeys(reports.kind_of.values()), *wording["things"], None]},
+        "action": {"enum": [*wording["actions"], None]},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -116,13 +124,17 @@ class Reports:
         named = [(code, name) for code, name in named if re.fullmatch("[가-힣]{2,9}", name)]
         self.machines = [name for _, name in named if re.search(wording["machines"] + "$", name)]
         self.families: list[tuple[dict[str, list[str]], list[str]]] = []
+        self.kind_of: dict[str, str] = {}
         apart_draw = random.Random("parts held out")
         for family in wording["families"]:
-            ends = re.compile(family["names"] + "$")
-            parts = [name for code, name in named if code in family["codes"] and ends.search(name)]
-            parts = [name for name in dict.fromkeys(parts) if "또는" not in name]
-            held_out = set(apart_draw.sample(parts, len(parts) // 4))
-            sides = {"train": [p for p in parts if p not in held_out], "held_out": sorted(held_out)}
+            sides: dict[str, list[str]] = {"train": [], "held_out": []}
+            for kind in family["kinds"]:
+                parts = [n for c, n in named if c in family["codes"] and n.endswith(kind)]
+                parts = [name for name in dict.fromkeys(parts) if "또는" not in name]
+                self.kind_of |= dict.fromkeys(parts, kind)
+                held_out = set(apart_draw.sample(parts, len(parts) // 4))
+                sides["train"] += [name for name in parts if name not in held_out]
+                sides["held_out"] += sorted(held_out)
             self.families.append((sides, family["causes"]))
 
     def make(self, words: str, parts: str) -> Example:
@@ -145,24 +157,31 @@ class Reports:
         # In new words is one sentence at least, and each of the others as often as not.
         new = draw.randrange(len(told)) if words == "held_out" else -1
         sentences = [
-            draw.choice(ways[words if i == new or draw.random() < 0.5 else "train"])
+            _chosen(ways[words if i == new or draw.random() < 0.5 else "train"], draw)
             for i, ways in enumerate(told)
         ]
         sentences.insert(draw.choice([0, 0, 1, 2]), sentences.pop())
-        if draw.random() < 0.45 and other != part:
+        if draw.random() < 0.3 and other != part:
             sentences.insert(draw.randint(0, 3), draw.choice(wording["asides"][words]))
-        text = " ".join(filter(None, (_filled(sentence, named) for sentence in sentences)))
+        text = " ".join(filter(None, (_filled(sentence, named, draw) for sentence in sentences)))
         machine = draw.choice(self.machines)
-        head = draw.choice(wording["heads"]) + draw.choice(["", f"{machine} ", f"{machine}: "])
-        order = {"type": kind, "cause": cause, "part": part, "action": action}
-        group = f"{words} words, {parts} parts"
-        return example(
-            head + text,
-            json.dumps(order, ensure_ascii=False),
-            system=SYSTEM,
-            group=group.replace("train", "known").replace("held_out", "new"),
-            **MADE,
-        )
+        head = draw.choice(wording["heads"]) + draw.choice(["", "", f"{machine}: "])
+        kind_of_part = None if part is None else self.kind_of[part]
+        order = {"type": kind, "cause": cause, "part": kind_of_part, "action": action}
+        group = f"{words} words, {parts} parts".replace("train", "known").replace("held_out", "new")
+        return _report(head + text, order, group=group, **MADE)
+
+    def accident(self) -> Example:
+        """One report of an accident, to train on: measured are the real alerts."""
+        draw, wording = self.draw, self.wording
+        cause = draw.choice(ACCIDENTS if draw.random() < 0.7 else list(wording["accidents"]))
+        told = wording["accidents"][cause]
+        thing = draw.choice(told["things"]) if told["things"] and draw.random() < 0.8 else None
+        name = draw.choice(wording["things"][thing] if thing else wording["nothing"])
+        way = draw.choice(told["ways"])
+        text = _filled(way, {"p": name, "w": draw.choice(wording["works"])}, draw)
+        order = {"type": ACCIDENT, "cause": cause, "part": thing, "action": None}
+        return _report(draw.choice(wording["accident_heads"]) + text, order, **MADE)
 
 
 def read_alerts(package: Package) -> list[dict[str, Any]]:
@@ -172,13 +191,17 @@ def read_alerts(package: Package) -> list[dict[str, Any]]:
     return sorted(alerts, key=lambda alert: (alert["posted_at"], alert["pst_no"]))
 
 
-def incident(alert: dict[str, Any], objects: list[str]) -> Example:
+def incident(alert: dict[str, Any], things: dict[str, list[str]]) -> Example:
     """An alert as a report: the accident's type is its cause, and no action is told."""
     title = " ".join(alert["title"].split())
-    thing = max((name for name in objects if name in title), key=len, default=None)
-    answer = {"type": "재해", "cause": alert["accident_type"][0], "part": thing, "action": None}
-    answer_text = json.dumps(answer, ensure_ascii=False)
-    return example(title, answer_text, system=SYSTEM, group="accident alert", **ALERT)
+    named = {name: thing for thing, names in things.items() for name in names if name in title}
+    thing = named[max(named, key=len)] if named else None
+    order = {"type": ACCIDENT, "cause": alert["accident_type"][0], "part": thing, "action": None}
+    return _report(title, order, group="accident alert", **ALERT)
+
+
+def _report(text: str, order: dict[str, str | None], **credit: Any) -> Example:
+    return example(text, json.dumps(order, ensure_ascii=False), **credit)
 
 
 def accident(alert: dict[str, Any]) -> Iterator[Example]:
@@ -197,16 +220,33 @@ def accident(alert: dict[str, Any]) -> Iterator[Example]:
     )
 
 
-def _filled(template: str, named: dict[str, str]) -> str:
-    """The template with its names and their particles: 이 or 가, 은 or 는."""
+def _chosen(ways: list[str], draw: random.Random) -> str:
+    """One of the templates; those that can be filled in many ways come more often."""
+    choices = [re.findall(r"\[([^\[\]]+)\]", way) for way in ways]
+    weights = [math.prod(group.count("|") + 1 for group in groups) ** 0.5 for groups in choices]
+    return draw.choices(ways, weights)[0]
+
+
+def _filled(template: str, named: dict[str, str], draw: random.Random) -> str:
+    """The template with one of each choice, its names, and the particles that fit behind them."""
+
+    def choose(match: re.Match[str]) -> str:
+        return _with_particle(draw.choice(match[1].split("|")), match[2])
 
     def fill(match: re.Match[str]) -> str:
-        name = named[match[1]]
-        coda = "가" <= name[-1] <= "힣" and (ord(name[-1]) - 0xAC00) % 28
-        other = {"이": "가", "은": "는", None: ""}[match[2]]
-        return name + ((match[2] if coda else other) or "")
+        return _with_particle(named[match[1]], match[2])
 
-    return re.sub(r"\{(\w)(?::(.))?\}", fill, template)
+    behind = "|".join(sorted(PARTICLES, key=len, reverse=True))
+    chosen = re.sub(rf"\[([^\[\]]+)\](?:({behind})(?![가-힣]))?", choose, template)
+    return re.sub(rf"\{{(\w)(?::({behind}))?\}}", fill, chosen)
+
+
+def _with_particle(name: str, particle: str | None) -> str:
+    """``particle`` is the form that stands behind a consonant."""
+    coda = "가" <= name[-1] <= "힣" and (ord(name[-1]) - 0xAC00) % 28
+    if particle is None or (coda and (coda, particle) != (RIEUL, "으로")):
+        return name + (particle or "")
+    return name + PARTICLES[particle]
 
 
 if __name__ == "__main__":
