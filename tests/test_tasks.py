@@ -101,7 +101,10 @@ def test_scores_of_the_first_stage_are_those_of_the_passages(tmp_path: Path) -> 
     task = load_task(config)
     assert task.first_stage is not None
     assert set(task.first_stage) == {example.id for example in task.examples}
-    assert task.digest != load_task(config.model_copy(update={"first_stage": None})).digest
+    fused = load_task(TaskConfig(name="search", kind="ranking", **files, fusion=2.0))
+    assert fused.fusion == 2.0
+    alone = load_task(TaskConfig(name="search", kind="ranking", held_out=files["held_out"]))
+    assert len({task.digest, fused.digest, alone.digest}) == 3
     file = Path(files["first_stage"])
     first, *rest = [json.loads(line) for line in file.read_text().splitlines()]
     for lines, said in (
@@ -138,6 +141,7 @@ def test_a_recipe_checks_its_tasks(tmp_path: Path) -> None:
         ({"gate": {"floors": {"routing.calibration_error": 1}}}, "is no figure"),
         ({"gate": {"within_teacher": {"routing": 0.1}}}, "gate.within_teacher.routing"),
         ({"tasks": [first | {"first_stage": "schema.json"}]}, "`first_stage` belongs to"),
+        ({"tasks": [first | {"fusion": 1.0}]}, "`fusion` needs a `first_stage`"),
         (
             {"gate": {"beats": {"lexical": {"tasks": {"routing.accuracy": {}}}}}},
             "the task of routing.accuracy has no `first_stage`",

@@ -74,6 +74,28 @@ def test_a_ranking_is_measured_by_query() -> None:
     assert evaluate_responses(Task("search", "ranking", irrelevant), equal).rows == []
 
 
+def test_a_fused_ranking_weighs_the_scores_of_the_first_stage() -> None:
+    passages = [e for e in examples("ranking", range(4)) if e.group == "en-card"]
+    ids = [e.id for e in passages]  # the first is relevant
+    odds, searched = [0.0, 3.0, 1.0, -1.0], [9.0, 4.0, 5.0, 1.0]
+    given = [Response((value, 0.0)) for value in odds]
+    for weight in (None, 1.0, 8.0):
+        scores = dict(zip(ids, searched, strict=True))
+        task = Task("search", "ranking", passages, first_stage=scores, fusion=weight)
+        (row,) = evaluate_responses(task, given).rows
+        shares = [(score - 1) / (9 - 1) for score in searched]
+        fused = [o + (weight or 0) * share for o, share in zip(odds, shares, strict=True)]
+        expected = sorted(zip(ids, fused, strict=True), key=lambda item: -item[1])
+        assert row["ranked"] == [[id_, pytest.approx(score)] for id_, score in expected]
+        place = [id_ for id_, _ in expected].index(ids[0])
+        assert row["mrr@10"] == 1 / (place + 1)
+        alone = evaluate_responses(task, [Response((score, 0.0)) for score in searched])
+        assert [id_ for id_, _ in alone.rows[0]["ranked"]] == [ids[i] for i in (0, 2, 1, 3)]
+    equal = Task("search", "ranking", passages, first_stage=dict.fromkeys(ids, 2.0), fusion=8.0)
+    (row,) = evaluate_responses(equal, given).rows
+    assert [score for _, score in row["ranked"]] == sorted(odds, reverse=True)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3),
     lambda inner: (

@@ -9,21 +9,23 @@ first in tau2-bench's bank tasks and the documents that these need.
 A lexical search (`seodang.lexical_search`) finds the candidates. Of a held-out query they are what
 it finds, best first, so its own ranking is the order of the lines. ``TASK.first-stage.jsonl`` has
 its scores, and also the queries that it found no answer to: no ranking can mend those, and they are
-not in the task. Of a training query the right page is there even if the search misses it. No
-page answers queries of both sides.
+not in the task. Of a training query the right page is there even if the search misses it, beside
+some wrong ones. Every other pair keeps its label; the rest are requests, for the teacher to
+judge. No page answers queries of both sides.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from selectolax.lexbor import LexborHTMLParser
@@ -37,9 +39,10 @@ from seodang.recipe import Language
 HERE = Path(__file__).parent
 HELP = "usr/share/libreoffice/help/"
 BANK = "inspect_evals/tau2/data/domains/banking_knowledge/"
-DEPTH = 10  # candidates of a query
+DEPTH = 20  # candidates of a query
 WRONG = 3  # of them, that a training query is shown beside its answers
-SHOWN = {"ko": 120, "en": 200}  # characters of a passage that a model reads
+LABELLED = 2  # of so many pairs one keeps its answer; the others wait for the teacher's
+SHOWN = {"ko": 60, "en": 100}  # characters of a passage that a model reads
 INDEXED = 4000  # characters of a page that the lexical search reads
 ASKED = {
     "ko": ("이 문서가 검색어에 맞는 답인가요?", ["예", "아니요"]),
@@ -61,14 +64,14 @@ class Collection:
 
 def main() -> None:
     """Write the tasks, and what the lexical search made of their held-out sides."""
-    options = script_options(__doc__, "a fifth of it all")
-    share = 5 if options.quick else 1
+    options = script_options(__doc__, "an eighth of it all")
+    share = 8 if options.quick else 1
     packages = open_packages(HERE / "packages.yaml")
     tasks = {
         "relevance": [
-            (libreoffice(packages["libreoffice-help-ko"], "ko"), 480, 130),
-            (portone(packages["portone-mcp-server"]), 320, 100),
-            (libreoffice(packages["libreoffice-help-en-us"], "en"), 700, 180),
+            (libreoffice(packages["libreoffice-help-ko"], "ko"), 1300, 150),
+            (portone(packages["portone-mcp-server"]), 700, 110),
+            (libreoffice(packages["libreoffice-help-en-us"], "en"), 2000, 250),
         ],
         "bank_relevance": [(bank(packages["inspect_evals"]), 0, 90)],
     }
@@ -79,19 +82,17 @@ def main() -> None:
         for collection, of_train, of_held_out in collections:
             if options.quick:
                 thin_out(collection, share)
-            texts = {
-                p: f"{title}\n{text[:INDEXED]}" for p, (title, text) in collection.pages.items()
-            }
-            index = LexicalIndex(texts, collection.language)
+            search = Search(collection)
             learned, measured = split_queries(collection, of_train // share, of_held_out // share)
             draw = random.Random(collection.name)
+            known = set().union(*(collection.answers[query] for query in learned))
             for query in learned:
-                train += training_list(collection, index, query, draw)
+                train += training_list(search, query, known, draw)
             for query in measured:
-                pairs, ranking = held_out_list(collection, index, query)
+                pairs, ranking = held_out_list(search, query)
                 held_out += pairs
                 rankings.append(ranking)
-        write_task(options.out, name, train, held_out)
+        write_task(options.out, name, train, held_out, LABELLED)
         lines = (json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
         (options.out / f"{name}.first-stage.jsonl").write_text("".join(lines), "utf-8")
 
@@ -211,32 +212,73 @@ def _alike(one: set[str], other: set[str]) -> bool:
     return 3 * len(one & other) > 2 * len(one | other)
 
 
+class Hit(NamedTuple):
+    """A page for a query: its BM25 score, and what the search knows of the page and its title."""
+
+    page: str
+    score: float
+    places: tuple[int, int]  # among the pages and among the titles
+    of_best: tuple[float, float]  # its score and its title's, as shares of the best
+
+
+class Search:
+    """A lexical search over a collection's pages, and over their titles alone."""
+
+    def __init__(self, collection: Collection) -> None:
+        pages = collection.pages.items()
+        texts = {page: f"{title}\n{text[:INDEXED]}" for page, (title, text) in pages}
+        titles = {page: title for page, (title, _) in pages}
+        self.collection = collection
+        self._texts = LexicalIndex(texts, collection.language)
+        self._titles = LexicalIndex(titles, collection.language)
+
+    def hits(self, query: str, needed: set[str] | None = None) -> list[Hit]:
+        """What is found, best first, and the pages ``needed`` that are not found, last."""
+        number = len(self.collection.pages)
+        pages = dict(self._texts.search(query, number))
+        pages |= dict.fromkeys(sorted((needed or set()) - pages.keys()), 0.0)
+        titles = dict(self._titles.search(query, number))
+        best, best_title = (max(found.values(), default=0) or 1 for found in (pages, titles))
+        title_places = {page: place for place, page in enumerate(titles, 1)}
+        return [
+            Hit(
+                page,
+                score,
+                (place, title_places.get(page, number)),
+                (score / best, titles.get(page, 0.0) / best_title),
+            )
+            for place, (page, score) in enumerate(pages.items(), 1)
+        ]
+
+
 def training_list(
-    collection: Collection, index: LexicalIndex, query: str, draw: random.Random
+    search: Search, query: str, known: set[str], draw: random.Random
 ) -> Iterator[Example]:
-    """The query's pages, and some of those that the search takes for right."""
-    scores = dict(index.search(query, len(collection.pages)))
-    answers = sorted(collection.answers[query])[:3]
-    wrong = [page for page in list(scores)[:DEPTH] if page not in collection.answers[query]]
-    listed = answers + draw.sample(wrong, min(WRONG, len(wrong)))
+    """The query's pages, and some of those that the search takes for right.
+
+    Wrong are only pages ``known`` to be right for another query: of the others a model would learn
+    that they are always wrong, and these are what it is measured on.
+    """
+    answers = search.collection.answers[query]
+    hits = search.hits(query, answers)
+    right = [hit for hit in hits if hit.page in answers][:3]
+    wrong = [hit for hit in hits[:DEPTH] if hit.page in known - answers]
+    listed = right + draw.sample(wrong, min(WRONG, len(wrong)))
     draw.shuffle(listed)
-    best = max(scores.values(), default=1.0)
-    for page in listed:
-        yield _pair(collection, query, page, scores.get(page, 0.0) / best)
+    for hit in listed:
+        yield _pair(search.collection, query, hit)
 
 
-def held_out_list(
-    collection: Collection, index: LexicalIndex, query: str
-) -> tuple[list[Example], dict[str, Any]]:
+def held_out_list(search: Search, query: str) -> tuple[list[Example], dict[str, Any]]:
     """What the search finds, best first (nothing, if no answer is there), and its ranking."""
-    hits = index.search(query, DEPTH)
-    pairs = [_pair(collection, query, page, score / hits[0][1]) for page, score in hits]
+    collection, hits = search.collection, search.hits(query)[:DEPTH]
+    pairs = [_pair(collection, query, hit) for hit in hits]
     ranking = {
         "group": _group(collection, query),
         "language": collection.language,
         "relevant": len(collection.answers[query]),
         "ids": [pair.id for pair in pairs],
-        "scores": [round(score, 4) for _, score in hits],
+        "scores": [round(hit.score, 4) for hit in hits],
         "relevance": [pair.relevance for pair in pairs],
     }
     return (pairs if any(pair.relevance for pair in pairs) else []), ranking
@@ -246,21 +288,34 @@ def _group(collection: Collection, query: str) -> str:
     return f"{collection.name}: {query}"
 
 
-def _pair(collection: Collection, query: str, page: str, match: float) -> Example:
+def _pair(collection: Collection, query: str, hit: Hit) -> Example:
     """A query and a passage: the page's title and the part that has most of the query.
 
-    ``match`` is the lexical score as a share of the best page's, told in words as Askari et al.
-    (2023, "Injecting the BM25 Score as Text Improves BERT-Based Re-rankers") do.
+    The last line says what the search knows of it, as Askari et al. (2023, "Injecting the BM25
+    Score as Text Improves BERT-Based Re-rankers") do, in digits that stand at fixed places: the
+    place of the page and of its title (0 from the tenth on); in tenths, at most 9, the scores of
+    both as shares of the best, how much of the query is in the title and the passage, and of the
+    title in the query; and the length of the page, in doublings of 100 characters.
     """
-    title, text = collection.pages[page]
+    title, text = collection.pages[hit.page]
     question, choices = ASKED[collection.language]
-    labels = {"ko": ("검색어", "일치", "문서"), "en": ("Query", "Match", "Passage")}[
-        collection.language
-    ]
+    labels = {"ko": ("검색어", "문서", "일치"), "en": ("Query", "Passage", "Match")}
+    asked, passage, match = labels[collection.language]
     shown = best_window(text[:INDEXED], query, SHOWN[collection.language])
-    relevant = page in collection.answers[query]
+    wanted, named = letter_pairs(query), letter_pairs(title)
+    shares = (
+        *hit.of_best,
+        len(wanted & named) / max(1, len(wanted)),
+        len(wanted & letter_pairs(shown)) / max(1, len(wanted)),
+        len(wanted & named) / max(1, len(named)),
+    )
+    digits = [place if place < 10 else 0 for place in hit.places]
+    digits += [int(min(9, 10 * share)) for share in shares]
+    digits.append(int(min(9, math.log2(1 + len(text) / 100))))
+    told = "".join(map(str, digits))
+    relevant = hit.page in collection.answers[query]
     return example(
-        f"{labels[0]}: {query}\n{labels[1]}: {match:.0%}\n{labels[2]}: {title}. {shown}",
+        f"{asked}: {query}\n{passage}: {title}. {shown}\n{match}: {told}",
         choices[0] if relevant else choices[1],
         language=collection.language,
         system=question,

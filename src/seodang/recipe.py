@@ -362,6 +362,12 @@ class TaskConfig(Section):
         description="scores of the search that found the held-out passages (file), of kind "
         "ranking: its own ranking is measured as the model `lexical`",
     )
+    fusion: float | None = Field(
+        None,
+        gt=0,
+        description="weight of that search's score beside a model's log-odds (default: the model "
+        "ranks alone)",
+    )
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Self:
@@ -371,6 +377,8 @@ class TaskConfig(Section):
             raise ValueError("`refusal` belongs to tasks of the kind answer")
         if self.first_stage is not None and self.kind != "ranking":
             raise ValueError("`first_stage` belongs to tasks of the kind ranking")
+        if self.fusion is not None and self.first_stage is None:
+            raise ValueError("`fusion` needs a `first_stage`, whose scores it weighs")
         return self
 
 

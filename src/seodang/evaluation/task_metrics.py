@@ -6,9 +6,10 @@ choice
 ranking
     per query, over its passages by falling score: ``ndcg@10`` (Järvelin and Kekäläinen 2002, the
     relevance itself as gain, as in trec_eval), ``mrr@10`` and ``recall@10``, for which every
-    relevance above 0 counts. The score is the log-odds of the first choice against the second;
-    equal scores are ordered at random, but always alike. Queries without a relevant passage are
-    left out: they measure nothing.
+    relevance above 0 counts. The score is the log-odds of the first choice against the second,
+    with ``fusion`` plus that weight of the first stage's score, scaled to [0, 1] over the query's
+    passages (Bruch et al., arXiv 2210.11934, eq. 3, up to a factor). Equal scores are ordered at
+    random, but always alike. Queries without a relevant passage are left out: they measure nothing.
 json
     ``schema_valid``, ``exact_match`` of the whole value and ``field_f1`` over its fields.
 answer
@@ -98,7 +99,7 @@ def evaluate_responses(task: Task, responses: Sequence[Response]) -> TaskResult:
         case "choice":
             rows = [_choice(example, response) for example, response in pairs]
         case "ranking":
-            rows = _ranking(pairs)
+            rows = _ranking(task, pairs)
         case "json":
             rows = [_json(task, example, response) for example, response in pairs]
         case "answer":
@@ -147,12 +148,13 @@ def _choice(example: Example, response: Response) -> dict[str, Any]:
     )
 
 
-def _ranking(pairs: Sequence[tuple[Example, Response]]) -> list[dict[str, Any]]:
+def _ranking(task: Task, pairs: Sequence[tuple[Example, Response]]) -> list[dict[str, Any]]:
     queries: dict[str, list[tuple[Example, float]]] = defaultdict(list)
     for example, response in pairs:
         queries[str(example.group)].append((example, _relevance_score(example, response)))
     rows = []
-    for query, scored in queries.items():
+    for query, found in queries.items():
+        scored = found if task.fusion is None else _fused(task, found)
         scored.sort(key=lambda item: (-item[1], sha256_bytes(item[0].id.encode())))
         relevance = np.array([example.relevance for example, _ in scored], np.float64)
         if not relevance.any():
@@ -166,6 +168,18 @@ def _ranking(pairs: Sequence[tuple[Example, Response]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _fused(task: Task, scored: list[tuple[Example, float]]) -> list[tuple[Example, float]]:
+    """A query's passages with their scores and the weighted ones of the first stage."""
+    assert task.first_stage is not None
+    assert task.fusion is not None
+    found = np.array([task.first_stage[example.id] for example, _ in scored])
+    shares = (found - found.min()) / (np.ptp(found) or 1.0)
+    return [
+        (example, score + task.fusion * float(share))
+        for (example, score), share in zip(scored, shares, strict=True)
+    ]
 
 
 def _relevance_score(example: Example, response: Response) -> float:

@@ -27,8 +27,9 @@ class Task:
 
     ``schema`` is the JSON schema of the answers (kind json), ``refusal`` the answer where there is
     nothing to answer from (kind answer), ``first_stage`` the score that a search gave to each
-    example, by id (kind ranking). ``extract`` is a pattern whose last match in what a model
-    says is its answer, ``max_new_tokens`` how much it may say; both have a default.
+    example, by id, and ``fusion`` its weight beside a model's (kind ranking). ``extract`` is a
+    pattern whose last match in what a model says is its answer, ``max_new_tokens`` how much it may
+    say; both have a default.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Task:
     schema: dict[str, Any] | None = field(default=None, hash=False)
     refusal: str | None = None
     first_stage: dict[str, float] | None = field(default=None, hash=False)
+    fusion: float | None = None
     extract: str | None = None
     max_new_tokens: int | None = None
 
@@ -45,9 +47,8 @@ class Task:
         """SHA-256 of everything that decides a model's result."""
         examples = [example.model_dump() for example in self.examples]
         rest = [self.name, self.kind, self.schema, self.refusal, self.extract, self.max_new_tokens]
-        if self.first_stage is not None:
-            rest.append(self.first_stage)
-        return sha256_bytes(canonical_json([*rest, examples]))
+        search = [given for given in (self.first_stage, self.fusion) if given is not None]
+        return sha256_bytes(canonical_json([*rest, *search, examples]))
 
     @property
     def languages(self) -> list[str]:
@@ -76,6 +77,7 @@ def load_task(config: TaskConfig) -> Task:
         schema=None if config.json_schema is None else _read_schema(Path(config.json_schema)),
         refusal=config.refusal,
         first_stage=None if first_stage is None else _read_scores(Path(first_stage), examples),
+        fusion=config.fusion,
     )
     if task.schema is not None:
         from seodang.evaluation.constrained import not_generable
