@@ -21,7 +21,7 @@ from seodang.softlabels.store import SoftLabelStore
 from seodang.student.distillation import Distillation
 from seodang.student.packing import hidden_states, pack
 from seodang.teacher.local import LocalTeacher
-from seodang.training.attention import use_packed_attention
+from seodang.training.attention import packed_attention, use_packed_attention
 from tiny import tiny_teacher
 from tiny_store import sequences
 
@@ -225,3 +225,33 @@ def test_every_family_gives_what_it_gives_alone(kind):
             document_lengths=lengths,
         ).last_hidden_state[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    heads=st.sampled_from([(2, 2), (6, 2)]),
+    values=st.sampled_from([8, 16]),
+    seed=st.integers(0, 2**16),
+)
+def test_bfloat16_attention_on_a_cpu_loses_no_more_than_its_rounding(lengths, heads, values, seed):
+    """Scores and sums are float32 there, under autocast too: one rounding at the end."""
+    draw = torch.Generator().manual_seed(seed)
+    total, (of_query, of_key) = sum(lengths), heads
+    shapes = ((of_query, 16), (of_key, 16), (of_key, values))
+    given = [torch.randn(1, n, total, d, generator=draw).bfloat16() for n, d in shapes]
+    half = [tensor.clone().requires_grad_() for tensor in given]
+    exact = [tensor.double().requires_grad_() for tensor in given]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packed_attention(None, *half, None, document_lengths=lengths)
+    want, _ = packed_attention(None, *exact, None, document_lengths=lengths)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), want, rtol=2**-8, atol=1e-6)
+    upstream = torch.randn(want.shape, generator=draw).bfloat16()
+    found.backward(upstream)
+    want.backward(upstream.double())
+    for ours, theirs in zip(half, exact, strict=True):
+        largest = float(theirs.grad.abs().max())
+        torch.testing.assert_close(
+            ours.grad.double(), theirs.grad, rtol=2**-8, atol=2**-7 * largest
+        )
