@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from seodang.artifact import Artifact
 from seodang.foundation.recipe import is_foundation_recipe, load_foundation_recipe
@@ -102,6 +103,17 @@ def test_the_teacher_is_a_plain_directory_of_transformers(
     assert not report["unexpected_keys"]
     ids = tokenizer("서당의 훈장", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
+def test_the_teacher_holds_what_vllm_reads_besides(built: tuple[Path, dict[str, Any]]) -> None:
+    teacher = Path(built[1]["teacher"])
+    config = json.loads((teacher / "config.json").read_bytes())
+    assert config["first_k_dense_replace"] == MODEL.dense_layers == 1
+    assert config["moe_layer_freq"] == 1
+    assert (config["scoring_func"], config["topk_method"]) == ("sigmoid", "noaux_tc")
+    with safe_open(teacher / "model.safetensors", "pt") as weights:
+        norms = {name for name in weights.keys() if "post_mlp_layernorm" in name}  # noqa: SIM118
+    assert norms == {f"model.layers.{i}.post_mlp_layernorm.weight" for i in range(MODEL.layers)}
 
 
 def test_only_what_depends_on_a_key_is_made_again(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from vllm_server import RIGHT_ROTARY, VllmServer
 
 from seodang.artifact import Artifact
@@ -23,6 +20,7 @@ from seodang.foundation.post_training.reasoning_data import (
     build_reasoning_data,
     read_problems,
 )
+from seodang.foundation.vllm_checkpoint import add_what_vllm_reads
 from tiny_think import TINY, tiny_base, tiny_tokens
 
 # As A.X K1 is served; thoughts come back apart from the answer.
@@ -47,20 +45,9 @@ def server(
     tuned: tuple[Artifact, list[Problem]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmServer]:
     directory = tuned[0].path
-    add_what_vllm_reads(directory)
+    add_what_vllm_reads(directory, 1)
     with VllmServer(directory, tmp_path_factory.mktemp("vllm") / "log", *FLAGS) as running:
         yield running
-
-
-def add_what_vllm_reads(directory: Path) -> None:
-    """As in tiny_axk1: legacy keys of the experts, and a norm of the dense layer that is unused."""
-    config = json.loads((directory / "config.json").read_bytes())
-    weights = load_file(directory / "model.safetensors")
-    weights["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(config["hidden_size"])
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    config |= {"first_k_dense_replace": 1, "moe_layer_freq": 1}
-    config |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def asked(server: VllmServer, question: str, **options: Any) -> Any:

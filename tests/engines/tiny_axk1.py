@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from seodang.foundation.vllm_checkpoint import add_what_vllm_reads
 from tiny import tiny_tokenizer
 
 
 def tiny_axk1(path: Path) -> Path:
     """Save an AXK1 with random weights (fp32) and the tests' tokenizer into ``path``.
 
-    vLLM reads two things that transformers leaves out when it saves: the legacy keys of the
-    mixture of experts in config.json, and a `post_mlp_layernorm` of the dense layer, which nothing
-    uses. Its CPU kernel of latent attention needs kv_lora_rank + qk_rope_head_dim = 576.
+    vLLM's CPU kernel of latent attention needs kv_lora_rank + qk_rope_head_dim = 576.
     """
     import torch
-    from safetensors.torch import load_file, save_file
     from transformers import AXK1Config, AXK1ForCausalLM
 
     tokenizer = tiny_tokenizer()
@@ -51,15 +48,5 @@ def tiny_axk1(path: Path) -> Path:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
-    weights = load_file(path / "model.safetensors")
-    weights["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(config.hidden_size)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    saved = json.loads((path / "config.json").read_text())
-    saved |= {
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-    }
-    (path / "config.json").write_text(json.dumps(saved, indent=2))
+    add_what_vllm_reads(path, dense_layers=1)
     return path

@@ -17,6 +17,7 @@ from seodang.artifact import MANIFEST, Artifact, begin, write_json
 from seodang.causal_lm import copy_tokenizer
 from seodang.errors import InputError
 from seodang.foundation.recipe import FoundationRecipe
+from seodang.foundation.vllm_checkpoint import add_what_vllm_reads
 from seodang.packages import open_package
 from seodang.stages import Stages, claimed
 
@@ -91,7 +92,7 @@ def _build(recipe: FoundationRecipe, folder: Path, out: Path) -> Built:
         stage.done |= {f"post-training/{name}": made for name, made in after.done.items()}
         built.measured = trained.measured
         last = trained.model
-    stage("teacher", lambda path: _teacher(built, last, path))
+    stage("teacher", lambda path: _teacher(built, last, recipe.model.dense_layers, path))
     stage.say_if_nothing_ran()
     return built
 
@@ -115,8 +116,11 @@ def pretrain_alone(recipe: FoundationRecipe, out: Path) -> Artifact:
         return pretrain(recipe.pretraining, recipe.model, tokens, tokenizer, out / "base")
 
 
-def _teacher(built: Built, last: Artifact, out: Path) -> Artifact:
-    """The last model's directory without the traces of its training, and what was measured."""
+def _teacher(built: Built, last: Artifact, dense_layers: int, out: Path) -> Artifact:
+    """The last model's directory without the traces of its training, and what was measured.
+
+    In it is also what vLLM reads of a model of this design and ``transformers`` does not write.
+    """
     draft = begin(out, "teacher", {}, {"model": last.digest})
     if isinstance(draft, Artifact):
         return draft
@@ -124,6 +128,7 @@ def _teacher(built: Built, last: Artifact, out: Path) -> Artifact:
     model = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
     for file in sorted(file for pattern in model for file in last.path.glob(pattern)):
         shutil.copyfile(file, out / file.name)
+    add_what_vllm_reads(out, dense_layers)
     report = {"pretraining": built.pretraining, "post_training": built.post_training}
     write_json(out / REPORT, report)
     return draft.finish(sources=last.manifest.sources)
