@@ -112,7 +112,12 @@ def test_the_teacher_holds_what_vllm_reads_besides(built: tuple[Path, dict[str, 
     assert config["moe_layer_freq"] == 1
     assert (config["scoring_func"], config["topk_method"]) == ("sigmoid", "noaux_tc")
     with safe_open(teacher / "model.safetensors", "pt") as weights:
+        head, embedding = (
+            weights.get_tensor(f"{n}.weight") for n in ("lm_head", "model.embed_tokens")
+        )
         norms = {name for name in weights.keys() if "post_mlp_layernorm" in name}  # noqa: SIM118
+    assert config["tie_word_embeddings"]
+    assert torch.equal(head, embedding)
     assert norms == {f"model.layers.{i}.post_mlp_layernorm.weight" for i in range(MODEL.layers)}
 
 

@@ -17,6 +17,7 @@ def add_what_vllm_reads(directory: Path, dense_layers: int) -> None:
 
     vLLM's ``AXK1ForCausalLM`` asks the configuration for the keys by which older code described the
     same routers, and the weights for a norm after the MLP of dense layers too, where none is used.
+    It does not tie the output head to the embedding: without a copy its head is random numbers.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -28,4 +29,6 @@ def add_what_vllm_reads(directory: Path, dense_layers: int) -> None:
     for index in range(dense_layers):
         name = f"model.layers.{index}.post_mlp_layernorm.weight"
         weights[name] = torch.ones(config["hidden_size"])
+    if config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
