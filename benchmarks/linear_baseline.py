@@ -1,4 +1,4 @@
-"""What a linear model over runs of letters makes of a task: the least that a language model must beat.
+"""What a linear model over runs of letters makes of a task: the least that others must beat.
 
     python benchmarks/linear_baseline.py runs/manufacturing/tasks work_order
     python benchmarks/linear_baseline.py runs/customer_service/tasks routing --language ko

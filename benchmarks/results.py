@@ -29,7 +29,8 @@ MODELS = {
     "student": "**student**",
     "cross_entropy": "same student, hard labels",
     "untrained": "student before training",
-    "lexical": "lexical search alone",
+    "lexical": "lexical search alone (BM25)",
+    "search": "the search that is fused, alone",
 }
 SECTIONS = ("models", "held_out", "tasks", "task_comparisons", "task_robustness", "task_costs")
 

@@ -152,7 +152,13 @@ def test_the_harness_asks_for_the_same(model: CausalLM) -> None:
 def test_the_first_stage_of_a_ranking_is_measured_beside_the_models(tmp_path: Path) -> None:
     entry = next(entry for entry in tiny_tasks(tmp_path) if entry["kind"] == "ranking")
     files = {key: str(tmp_path / entry[key]) for key in ("held_out", "first_stage")}
-    task = load_task(TaskConfig(name="search", kind="ranking", **files))
+    file = Path(files["first_stage"])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for place, line in enumerate(lines):  # another search: of one query it finds the first last
+        turned = line["scores"][-1:] + line["scores"][:-1]
+        line["search_scores"] = line["scores"] if place else turned
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = load_task(TaskConfig(name="search", kind="ranking", fusion=1.0, **files))
     model = Named(str(tiny_teacher(tmp_path / "m", layers=1)))
     found = compare_models(model, None, [task], tmp_path / "out")
     metrics = json.loads((found.path / "metrics.json").read_text())
@@ -163,19 +169,28 @@ def test_the_first_stage_of_a_ranking_is_measured_beside_the_models(tmp_path: Pa
     expected = [ndcg(relevance) for relevance in by_query.values() if any(relevance)]
     lexical = metrics["tasks"]["search"]["lexical"]["ndcg@10"]
     assert lexical["value"] == pytest.approx(np.mean(expected))
+    first, *others = by_query.values()
+    expected = [ndcg(r) for r in ([*first[1:], first[0]], *others) if any(r)]
+    better = metrics["tasks"]["search"]["search"]["ndcg@10"]
+    assert better["value"] == pytest.approx(np.mean(expected))
+    assert better["value"] != pytest.approx(lexical["value"])
     compared = metrics["task_comparisons"]["search"]["lexical"]["ndcg@10"]
     ours = metrics["tasks"]["search"]["model"]["ndcg@10"]["value"]
     assert compared["value"] == pytest.approx(ours - lexical["value"])
     assert "lexical" not in metrics["task_robustness"]["search"]
-    gate = GateConfig(beats={"lexical": {"tasks": {"search.ndcg@10": {"margin": 0.05}}}})
-    names = [check["name"] for check in check_metrics(metrics, gate)["checks"]]
-    assert names == [f"beats.lexical.tasks.search.ndcg@10{end}" for end in ("", ".p")]
+    for search in ("lexical", "search"):
+        gate = GateConfig(beats={search: {"tasks": {"search.ndcg@10": {"margin": 0.05}}}})
+        checks = check_metrics(metrics, gate)["checks"]
+        expected = [f"beats.{search}.tasks.search.ndcg@10{end}" for end in ("", ".p")]
+        assert [check["name"] for check in checks] == expected
+        assert checks[1]["value"] is not None
     shown = metrics["tasks"]["search"]
     shown |= {"student": shown["model"], "teacher": shown["model"]}
     costs, sizes = ({name: {key: 0.1} for name in shown} for key in ("median", "bytes"))
     plot = quality_cost("search", "ndcg@10", shown, costs, sizes)
     assert plot is not None
     assert f"Lexical search {lexical['value']:.1%}" in plot.svg
+    assert f"Search alone {better['value']:.1%}" in plot.svg
 
 
 def ndcg(relevance: list[int]) -> float:

@@ -200,6 +200,9 @@ def test_the_first_stage_ranks_exactly_what_is_asked(trade):
         _, held_out = sides(out, file.name.split(".")[0], "ranking")
         found = [id_ for r in rankings if any(r["relevance"]) for id_ in r["ids"]]
         assert found == [asked.id for asked in held_out]
+        assert all(len(r["search_scores"]) == len(r["ids"]) for r in rankings)
+        assert all(s >= r["scores"][i] for r in rankings for i, s in enumerate(r["search_scores"]))
+        assert any(r["search_scores"] != r["scores"] for r in rankings)
         assert all(r["scores"] == sorted(r["scores"], reverse=True) for r in rankings)
 
 

@@ -104,10 +104,17 @@ def test_scores_of_the_first_stage_are_those_of_the_passages(tmp_path: Path) -> 
     fused = load_task(TaskConfig(name="search", kind="ranking", **files, fusion=2.0))
     assert fused.fusion == 2.0
     alone = load_task(TaskConfig(name="search", kind="ranking", held_out=files["held_out"]))
-    assert len({task.digest, fused.digest, alone.digest}) == 3
     file = Path(files["first_stage"])
     first, *rest = [json.loads(line) for line in file.read_text().splitlines()]
+    better = [line | {"search_scores": [2.0] * len(line["ids"])} for line in (first, *rest)]
+    write_lines(file, better)
+    two = load_task(config)
+    assert two.first_stage == task.first_stage
+    assert two.search == dict.fromkeys(task.first_stage, 2.0)
+    assert len({task.digest, fused.digest, alone.digest, two.digest}) == 4
     for lines, said in (
+        ([first, *better[1:]], f"has no `search_scores` of {first['ids'][0]}"),
+        ([better[0] | {"search_scores": []}, *rest], "wants as many `search_scores` as `ids`"),
         (rest, f"has no score of {first['ids'][0]}"),
         ([first | {"scores": [1.0]}, *rest], ":1: wants as many `scores` as `ids`"),
         ([*rest, first | {"scores": ["1"] * len(first["ids"])}], "`scores`: are not all numbers"),

@@ -91,6 +91,10 @@ def test_a_fused_ranking_weighs_the_scores_of_the_first_stage() -> None:
         assert row["mrr@10"] == 1 / (place + 1)
         alone = evaluate_responses(task, [Response((score, 0.0)) for score in searched])
         assert [id_ for id_, _ in alone.rows[0]["ranked"]] == [ids[i] for i in (0, 2, 1, 3)]
+    better = dict(zip(ids, [1.0, 4.0, 5.0, 9.0], strict=True))
+    two = Task("search", "ranking", passages, first_stage=scores, search=better, fusion=8.0)
+    (row,) = evaluate_responses(two, given).rows
+    assert [id_ for id_, _ in row["ranked"]] == [ids[i] for i in (3, 1, 2, 0)]
     equal = Task("search", "ranking", passages, first_stage=dict.fromkeys(ids, 2.0), fusion=8.0)
     (row,) = evaluate_responses(equal, given).rows
     assert [score for _, score in row["ranked"]] == sorted(odds, reverse=True)

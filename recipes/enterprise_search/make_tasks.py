@@ -8,10 +8,10 @@ first in tau2-bench's bank tasks and the documents that these need.
 
 A lexical search (`seodang.lexical_search`) finds the candidates. Of a held-out query they are what
 it finds, best first, so its own ranking is the order of the lines. ``TASK.first-stage.jsonl`` has
-its scores, and also the queries that it found no answer to: no ranking can mend those, and they are
-not in the task. Of a training query the right page is there even if the search misses it, beside
-some wrong ones. Every other pair keeps its label; the rest are requests, for the teacher to
-judge. No page answers queries of both sides.
+its scores, those with the titles weighed (``search_scores``), and also the queries that it found no
+answer to: no ranking can mend those, and they are not in the task. Of a training query the right
+page is there even if the search misses it, beside some wrong ones. Every other pair keeps its
+label; the rest are requests, for the teacher to judge. No page answers queries of both sides.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ HERE = Path(__file__).parent
 HELP = "usr/share/libreoffice/help/"
 BANK = "inspect_evals/tau2/data/domains/banking_knowledge/"
 DEPTH = 20  # candidates of a query
+TITLE = 0.5  # weight of the title's own score; best on training queries (benchmarks/lexical.py)
 WRONG = 3  # of them, that a training query is shown beside its answers
 LABELLED = 2  # of so many pairs one keeps its answer; the others wait for the teacher's
 SHOWN = {"ko": 60, "en": 100}  # characters of a passage that a model reads
@@ -217,6 +218,7 @@ class Hit(NamedTuple):
 
     page: str
     score: float
+    with_title: float  # the title's own score added
     places: tuple[int, int]  # among the pages and among the titles
     of_best: tuple[float, float]  # its score and its title's, as shares of the best
 
@@ -232,18 +234,23 @@ class Search:
         self._texts = LexicalIndex(texts, collection.language)
         self._titles = LexicalIndex(titles, collection.language)
 
+    def scores(self, query: str) -> tuple[dict[str, float], dict[str, float]]:
+        """BM25 scores of the pages that are found, and of the titles, best first."""
+        number = len(self.collection.pages)
+        return dict(self._texts.search(query, number)), dict(self._titles.search(query, number))
+
     def hits(self, query: str, needed: set[str] | None = None) -> list[Hit]:
         """What is found, best first, and the pages ``needed`` that are not found, last."""
         number = len(self.collection.pages)
-        pages = dict(self._texts.search(query, number))
+        pages, titles = self.scores(query)
         pages |= dict.fromkeys(sorted((needed or set()) - pages.keys()), 0.0)
-        titles = dict(self._titles.search(query, number))
         best, best_title = (max(found.values(), default=0) or 1 for found in (pages, titles))
         title_places = {page: place for place, page in enumerate(titles, 1)}
         return [
             Hit(
                 page,
                 score,
+                score + TITLE * titles.get(page, 0.0),
                 (place, title_places.get(page, number)),
                 (score / best, titles.get(page, 0.0) / best_title),
             )
@@ -279,6 +286,7 @@ def held_out_list(search: Search, query: str) -> tuple[list[Example], dict[str, 
         "relevant": len(collection.answers[query]),
         "ids": [pair.id for pair in pairs],
         "scores": [round(hit.score, 4) for hit in hits],
+        "search_scores": [round(hit.with_title, 4) for hit in hits],
         "relevance": [pair.relevance for pair in pairs],
     }
     return (pairs if any(pair.relevance for pair in pairs) else []), ranking

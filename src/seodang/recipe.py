@@ -23,7 +23,7 @@ from seodang.packages import PackageName, PackagePin, PackageVersion, Registry, 
 EstimatorName = Literal["top-k", "residual", "sampled", "head-tail"]
 Layout = Literal["fast", "small"]
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"]
-BaselineName = Literal["untrained", "cross_entropy", "lexical"]
+BaselineName = Literal["untrained", "cross_entropy", "lexical", "search"]
 TaskKind = Literal["choice", "ranking", "json", "answer"]
 Language = Literal["ko", "en"]
 TaskMetric = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z0-9@_]+$")]
@@ -360,7 +360,8 @@ class TaskConfig(Section):
     first_stage: str | None = Field(
         None,
         description="scores of the search that found the held-out passages (file), of kind "
-        "ranking: its own ranking is measured as the model `lexical`",
+        "ranking: its own ranking is measured as the model `lexical`, that by the file's "
+        "`search_scores` as `search`",
     )
     fusion: float | None = Field(
         None,
@@ -522,12 +523,13 @@ class Recipe(Section):
             raise ValueError(f"`tasks`: several have the name {repeated[0]!r}; rename one")
         known = [f"{task.name}.{m}" for task in self.tasks for m in TASK_METRICS[task.kind]]
         searched = {task.name for task in self.tasks if task.first_stage is not None}
-        for key in self.gate.beats.get("lexical", Margins()).tasks:
-            if key.partition(".")[0] not in searched:
-                raise ValueError(
-                    f"`gate.beats.lexical`: the task of {key} has no `first_stage` to be compared "
-                    "with"
-                )
+        for name in ("lexical", "search"):
+            for key in self.gate.beats.get(name, Margins()).tasks:
+                if key.partition(".")[0] not in searched:
+                    raise ValueError(
+                        f"`gate.beats.{name}`: the task of {key} has no `first_stage` to be "
+                        "compared with"
+                    )
         for key in self.gate.task_metrics():
             if key not in known:
                 raise ValueError(

@@ -30,6 +30,7 @@ NAMES = {
     "cross_entropy": "Cross-entropy only",
     "untrained": "Untrained start",
     "lexical": "Lexical search",
+    "search": "Search alone",
     "before_on_policy": "Before on-policy",
     "after_on_policy": "On-policy, not kept",
 }
@@ -42,6 +43,7 @@ PALETTE = {
     "cross_entropy": ("#b45309", "#f2a65a"),
     "untrained": ("#6b7580", "#98a3af"),
     "lexical": ("#5b6b34", "#b5c98a"),
+    "search": ("#5b6b34", "#b5c98a"),
     "before_on_policy": ("#44719b", "#9cc4e8"),
     "after_on_policy": ("#44719b", "#9cc4e8"),
     "muted": ("#5a6571", "#a3aebb"),

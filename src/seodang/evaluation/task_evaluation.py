@@ -25,7 +25,7 @@ from seodang.evaluation.tasks import Task
 
 TASKS = "tasks"  # folder of the per-example results
 ROBUSTNESS = "robustness"  # the same, perturbed
-LEXICAL = "lexical"  # the name of a first stage among the models
+LEXICAL, SEARCH = "lexical", "search"  # names of a first stage, and of the better one, as models
 PERTURBED_EXAMPLES = 200  # of a task, at most
 TIMED_REQUESTS = 20  # one at a time
 
@@ -45,8 +45,8 @@ class Asked(Responds, Protocol):
 
 
 @dataclass(frozen=True)
-class _FirstStage:
-    """The search that found the passages, as one that ranks them."""
+class _Search:
+    """A search over the passages, as one that ranks them."""
 
     scores: Mapping[str, float]
 
@@ -73,7 +73,8 @@ def measure_tasks(
 ) -> dict[str, Any]:
     """What metrics.json says of tasks; the per-example results are written below ``folder``.
 
-    ``tasks``: figures by task and model, ``lexical`` being the first stage of a ranking task.
+    ``tasks``: figures by task and model, ``lexical`` being the first stage of a ranking task and
+    ``search`` the better one, each alone.
     ``task_comparisons``: the figures of ``compared`` minus those of each other model, paired.
     ``task_robustness``: of the ``robust`` models, on perturbed examples. ``task_costs``: seconds of
     single requests to the ``timed`` models, on ``machine``. ``task_examples``: what was asked.
@@ -92,9 +93,11 @@ def measure_tasks(
             name: measure_task(name, model, task, folder, robustness=name in robust)
             for name, model in models.items()
         }
-        if task.first_stage is not None:
-            search = _FirstStage(task.first_stage)
-            results[LEXICAL] = measure_task(LEXICAL, search, task, folder, robustness=False)
+        alone = replace(task, fusion=None)
+        for name, scores in ((LEXICAL, task.first_stage), (SEARCH, task.search)):
+            if scores is not None:
+                search = _Search(scores)
+                results[name] = measure_task(name, search, alone, folder, robustness=False)
         ours = results[compared].plain
         found["tasks"][task.name] = {name: figures(r.plain) for name, r in results.items()}
         found["task_comparisons"][task.name] = {

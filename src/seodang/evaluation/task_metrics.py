@@ -7,7 +7,7 @@ ranking
     per query, over its passages by falling score: ``ndcg@10`` (Järvelin and Kekäläinen 2002, the
     relevance itself as gain, as in trec_eval), ``mrr@10`` and ``recall@10``, for which every
     relevance above 0 counts. The score is the log-odds of the first choice against the second,
-    with ``fusion`` plus that weight of the first stage's score, scaled to [0, 1] over the query's
+    with ``fusion`` plus that weight of the search's score, scaled to [0, 1] over the query's
     passages (Bruch et al., arXiv 2210.11934, eq. 3, up to a factor). Equal scores are ordered at
     random, but always alike. Queries without a relevant passage are left out: they measure nothing.
 json
@@ -171,10 +171,11 @@ def _ranking(task: Task, pairs: Sequence[tuple[Example, Response]]) -> list[dict
 
 
 def _fused(task: Task, scored: list[tuple[Example, float]]) -> list[tuple[Example, float]]:
-    """A query's passages with their scores and the weighted ones of the first stage."""
-    assert task.first_stage is not None
+    """A query's passages with their scores and the weighted ones of the better search."""
+    searched = task.search or task.first_stage
+    assert searched is not None
     assert task.fusion is not None
-    found = np.array([task.first_stage[example.id] for example, _ in scored])
+    found = np.array([searched[example.id] for example, _ in scored])
     shares = (found - found.min()) / (np.ptp(found) or 1.0)
     return [
         (example, score + task.fusion * float(share))

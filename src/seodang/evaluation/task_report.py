@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seodang.evaluation.plots import COLOUR, NAMES, Plot, megabytes, spread, styled, svg
-from seodang.evaluation.task_evaluation import LEXICAL
+from seodang.evaluation.task_evaluation import LEXICAL, SEARCH
 from seodang.evaluation.task_metrics import MAIN
 
 LANGUAGES = {"ko": "Korean", "en": "English"}
@@ -180,11 +180,14 @@ def quality_cost(
             color=colour,
             bbox={"facecolor": COLOUR["card"], "edgecolor": "none", "pad": 0.6},
         )
-    if (lexical := figures.get(LEXICAL, {}).get(metric)) is not None:
-        value, colour = lexical["value"], COLOUR[LEXICAL]
+    for search, side in ((LEXICAL, "top"), (SEARCH, "bottom")):
+        if (found := figures.get(search, {}).get(metric)) is None:
+            continue
+        value, colour = found["value"], COLOUR[search]
         axes.axhline(value, color=colour, linewidth=1.4, linestyle=(0, (3, 3)))
-        label = f"{NAMES[LEXICAL]} {value:.1%}"
-        axes.text(slowest * 0.01, value - 0.02, label, fontsize=9, color=colour, va="top")
+        label = f"{NAMES[search]} {value:.1%}"
+        place = value - 0.02 if side == "top" else value + 0.02
+        axes.text(slowest * 0.01, place, label, fontsize=9, color=colour, va=side)
     axes.set_xlim(0, slowest * 1.1)
     axes.set_ylim(-0.06, 1.12)
     axes.set_yticks(np.linspace(0, 1, 5))

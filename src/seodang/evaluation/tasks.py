@@ -18,6 +18,7 @@ from seodang.corpus.tasks import MAX_LINE, Example, read_examples
 from seodang.errors import InputError
 from seodang.recipe import TaskConfig, TaskKind
 
+SCORES, SEARCH_SCORES = "scores", "search_scores"  # keys of a first stage's lines
 SPARE_TOKENS = 16  # an answer may be half as long again as the longest right one, and so much more
 
 
@@ -27,9 +28,10 @@ class Task:
 
     ``schema`` is the JSON schema of the answers (kind json), ``refusal`` the answer where there is
     nothing to answer from (kind answer), ``first_stage`` the score that a search gave to each
-    example, by id, and ``fusion`` its weight beside a model's (kind ranking). ``extract`` is a
-    pattern whose last match in what a model says is its answer, ``max_new_tokens`` how much it may
-    say; both have a default.
+    example, by id, ``search`` that of a better one, if there is one, and ``fusion`` the weight
+    of the better one's beside a model's (kind ranking). ``extract`` is a pattern whose last
+    match in what a model says is its answer, ``max_new_tokens`` how much it may say; both have
+    a default.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Task:
     schema: dict[str, Any] | None = field(default=None, hash=False)
     refusal: str | None = None
     first_stage: dict[str, float] | None = field(default=None, hash=False)
+    search: dict[str, float] | None = field(default=None, hash=False)
     fusion: float | None = None
     extract: str | None = None
     max_new_tokens: int | None = None
@@ -47,8 +50,8 @@ class Task:
         """SHA-256 of everything that decides a model's result."""
         examples = [example.model_dump() for example in self.examples]
         rest = [self.name, self.kind, self.schema, self.refusal, self.extract, self.max_new_tokens]
-        search = [given for given in (self.first_stage, self.fusion) if given is not None]
-        return sha256_bytes(canonical_json([*rest, *search, examples]))
+        given = [g for g in (self.first_stage, self.search, self.fusion) if g is not None]
+        return sha256_bytes(canonical_json([*rest, *given, examples]))
 
     @property
     def languages(self) -> list[str]:
@@ -69,14 +72,17 @@ def load_task(config: TaskConfig) -> Task:
     """
     file = Path(config.held_out)
     examples = read_examples(file, config.kind, config.languages)
-    first_stage = config.first_stage
+    scored: dict[str, dict[str, float]] = {}
+    if config.first_stage is not None:
+        scored = _read_scores(Path(config.first_stage), examples)
     task = Task(
         name=config.name,
         kind=config.kind,
         examples=examples,
         schema=None if config.json_schema is None else _read_schema(Path(config.json_schema)),
         refusal=config.refusal,
-        first_stage=None if first_stage is None else _read_scores(Path(first_stage), examples),
+        first_stage=scored.get(SCORES),
+        search=scored.get(SEARCH_SCORES),
         fusion=config.fusion,
     )
     if task.schema is not None:
@@ -91,22 +97,34 @@ def load_task(config: TaskConfig) -> Task:
     return task
 
 
-def _read_scores(file: Path, examples: Sequence[Example]) -> dict[str, float]:
-    """The scores of the examples: lines of JSON with ``ids`` and their ``scores``, best first."""
-    found: dict[str, float] = {}
+def _read_scores(file: Path, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """The examples' ``scores`` by a search and, if the lines have them, ``search_scores``.
+
+    Lines of JSON with ``ids`` and as many scores of each kind.
+    """
+    found: dict[str, dict[str, float]] = {SCORES: {}}
     source = File(file.name, str(file), lambda: file.open("rb"))
     for record in read_records(source, None, MAX_LINE):
         line = record.value if isinstance(record.value, dict) else {}
-        ids, scores = line.get("ids"), line.get("scores")
-        if not (isinstance(ids, list) and isinstance(scores, list) and len(ids) == len(scores)):
-            raise InputError(f"{record.where}: wants as many `scores` as `ids`")
-        if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
-            raise InputError(f"{record.where}: `scores`: are not all numbers")
-        found.update(zip(map(str, ids), map(float, scores), strict=True))
-    for example in examples:
-        if example.id not in found:
-            raise InputError(f"{file}: has no score of {example.id}, a passage of {example.group}")
-    return {example.id: found[example.id] for example in examples}
+        ids = line.get("ids")
+        for kind in (SCORES, SEARCH_SCORES):
+            if kind not in line and kind != SCORES:
+                continue
+            scores = line.get(kind)
+            if not (isinstance(ids, list) and isinstance(scores, list) and len(ids) == len(scores)):
+                raise InputError(f"{record.where}: wants as many `{kind}` as `ids`")
+            if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+                raise InputError(f"{record.where}: `{kind}`: are not all numbers")
+            found.setdefault(kind, {}).update(zip(map(str, ids), map(float, scores), strict=True))
+    for kind, scores_of in found.items():
+        for example in examples:
+            if example.id not in scores_of:
+                which = "score" if kind == SCORES else f"`{kind}`"
+                raise InputError(
+                    f"{file}: has no {which} of {example.id}, a passage of {example.group}"
+                )
+        found[kind] = {example.id: scores_of[example.id] for example in examples}
+    return found
 
 
 def _read_schema(file: Path) -> dict[str, Any]:
