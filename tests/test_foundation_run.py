@@ -195,3 +195,4 @@ def test_from_raw_text_to_a_released_student(tmp_path: Path) -> None:
     assert parity["chat_template"]["mismatches"] == 0
     again = seodang("run", recipe, "--out", out, "--json")
     assert not any(s["ran"] for s in json.loads(again.stdout)["stages"].values())
+    assert again.stderr.count("Nothing to do") == 1  # of the whole run, not of its teacher too

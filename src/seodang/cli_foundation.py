@@ -50,8 +50,10 @@ def foundation_run(
 
     loaded = load_foundation_recipe(recipe, settings)
     from seodang.foundation.build import build_teacher
+    from seodang.stages import say_if_nothing_ran
 
     built = build_teacher(loaded, recipe.parent, out)
+    say_if_nothing_ran(built.stages)
     if as_json:
         print_json(built.to_json())
         return

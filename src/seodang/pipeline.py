@@ -16,7 +16,7 @@ from seodang.artifact import MANIFEST, Artifact, Source
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say
 from seodang.recipe import Recipe, TeacherConfig
-from seodang.stages import Stages, claimed
+from seodang.stages import Stages, claimed, say_if_nothing_ran
 
 FOUNDATION = "foundation"  # where a teacher of our own is built
 TEACHER = "teacher"  # where one is fine-tuned
@@ -186,7 +186,7 @@ def _run(recipe: Recipe, out: Path) -> RunResult:
         ),
     )
     result.release = released.path
-    stage.say_if_nothing_ran()
+    say_if_nothing_ran(stage.done)
     return result
 
 

@@ -6,7 +6,7 @@ Each stage is an artifact; one whose inputs and config did not change is not run
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,10 +48,11 @@ class Stages:
         say(f"{name:<14} {mark}  [dim]{artifact.digest[:12]}[/]", markup=True)
         return artifact
 
-    def say_if_nothing_ran(self) -> None:
-        """Tell people when the run had nothing to do."""
-        if not any(stage["ran"] for stage in self.done.values()):
-            say("Nothing to do: no input and no key of the recipe changed since the last run.")
+
+def say_if_nothing_ran(stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tell people when a run had nothing to do; ``stages`` as :class:`Stages` keeps them."""
+    if not any(stage["ran"] for stage in stages.values()):
+        say("Nothing to do: no input and no key of the recipe changed since the last run.")
 
 
 @contextmanager

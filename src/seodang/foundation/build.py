@@ -93,7 +93,6 @@ def _build(recipe: FoundationRecipe, folder: Path, out: Path) -> Built:
         built.measured = trained.measured
         last = trained.model
     stage("teacher", lambda path: _teacher(built, last, recipe.model.dense_layers, path))
-    stage.say_if_nothing_ran()
     return built
 
 
