@@ -139,8 +139,8 @@ WRONG = {
     ),
     "unknown baseline": (
         changed("untrained:", "random:"),
-        "recipe.yaml:24: `gate.beats.random`: Input should be 'untrained', 'cross_entropy' or "
-        "'lexical'",
+        "recipe.yaml:24: `gate.beats.random`: Input should be 'untrained', 'cross_entropy', "
+        "'lexical' or 'search'",
     ),
     "missing key": (
         changed("      license: MIT\n", ""),

@@ -37,7 +37,7 @@ def mobility(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             open_package(pin).close()
     except InputError:
         pytest.skip("needs the fetched packages of the recipe (make fetch)")
-    done = seodang("run", recipe, "--quick", "--out", folder / "out", "--json")
+    done = seodang("run", recipe, "--quick", "--out", folder / "out", "--json", timeout=900)
     assert done.returncode == 0, done.stderr
     return folder / "out", json.loads(done.stdout)
 

@@ -105,7 +105,7 @@ def seodang(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
         text=True,
         env=environment | options.pop("env", {}),
         check=False,
-        timeout=300,
+        timeout=options.pop("timeout", 300),
         **options,
     )
 

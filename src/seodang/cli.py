@@ -73,9 +73,6 @@ def main() -> None:
     # wait for every product (`benchmarks/threads.py`). GNU OpenMP reads this as torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # oneDNN compiles every shape of a product, and packs have hundreds of lengths: of more than the
-    # 1,024 kernels that it keeps, each is compiled again and again.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers; we show our own progress
     keep_ctrl_c()
     try:
