@@ -34,7 +34,7 @@ def main() -> None:
     for collection, of_train, of_held_out in collections:
         search = Search(collection)
         sides = split_queries(collection, of_train, of_held_out)
-        for side, queries in zip(("training", "held-out"), sides, strict=True):
+        for side, queries in sides.items():
             found = [(search.scores(query), collection.answers[query]) for query in queries]
             for weight in WEIGHTS:
                 figure = fmean(ndcg(scores, answers, weight) for scores, answers in found)

@@ -28,7 +28,7 @@ from seodang.recipe import GateConfig, TaskConfig
 from tiny import tiny_teacher
 from tiny_families import FAMILIES, save, tiny_model
 from tiny_run import seodang
-from tiny_tasks import SCHEMA, examples, tiny_tasks
+from tiny_tasks import REFUSAL, SCHEMA, examples, tiny_tasks
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,26 @@ def test_answers_are_greedy_in_whatever_batch(
             ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
     expected = model.tokenizer.decode(ids[-5:], skip_special_tokens=True)
     assert found[0] == expected.strip()
+
+
+def test_an_answer_with_choices_is_the_likeliest_of_its_own(model: CausalLM) -> None:
+    spans = [["card", "the card desk", REFUSAL], ["phone", REFUSAL, "call"]]
+    asked = [
+        example.model_copy(update={"answer": REFUSAL, "choices": spans[number % 2]})
+        for number, example in enumerate(examples("answer", range(2)))
+    ]
+    task = Task("help", "answer", asked, refusal=REFUSAL)
+    prompts = [prompt_text(model.tokenizer, example.request) for example in asked]
+    end = responding.turn_end(model.tokenizer)
+    choices = [[choice + end for choice in example.choices or []] for example in asked]
+    scores = responding.choice_log_likelihoods(model, prompts, choices)
+    expected = [
+        own[int(np.argmax(of))] for own, of in zip(spans * len(asked), scores, strict=False)
+    ]
+    found = evaluate_responses(task, responding.respond(model, task))
+    assert [row["said"] for row in found.rows] == expected
+    assert [row["refused"] for row in found.rows] == [int(said == REFUSAL) for said in expected]
+    assert HarnessModel.local(model).respond(task) == responding.respond(model, task)
 
 
 def test_json_is_generated_under_its_schema_whatever_the_model(

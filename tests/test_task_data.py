@@ -151,6 +151,11 @@ def test_what_is_made_is_labelled_so_and_what_is_real_is_verbatim(trade):
         answered = [asked for asked in held_out if asked.answer != "NO_ANSWER"]
         assert 0.5 < len(answered) / len(held_out) < 0.8
         assert all(asked.answer in passage(asked) for asked in answered)
+        for asked in held_out:
+            assert len(asked.choices) > 2
+            assert all(
+                choice in passage(asked) or choice == "NO_ANSWER" for choice in asked.choices
+            )
         requests = sides(out, "routing", "choice")[1]
         assert sum(asked.group == "shop" for asked in requests) > 50
         assert not any(e.synthetic for e in requests if e.group in ("shop", "airline", "telecom"))
@@ -197,13 +202,34 @@ def test_the_first_stage_ranks_exactly_what_is_asked(trade):
     _, out = trade
     for file in out.glob("*.first-stage.jsonl"):
         rankings = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        _, held_out = sides(out, file.name.split(".")[0], "ranking")
+        name = file.name.removesuffix(".first-stage.jsonl")
+        side = name if name.endswith(".validation") else f"{name}.held-out"
+        measured = read_examples(out / f"{side}.jsonl", "ranking")
         found = [id_ for r in rankings if any(r["relevance"]) for id_ in r["ids"]]
-        assert found == [asked.id for asked in held_out]
+        assert found == [asked.id for asked in measured]
         assert all(len(r["search_scores"]) == len(r["ids"]) for r in rankings)
         assert all(s >= r["scores"][i] for r in rankings for i, s in enumerate(r["search_scores"]))
         assert any(r["search_scores"] != r["scores"] for r in rankings)
         assert all(r["scores"] == sorted(r["scores"], reverse=True) for r in rankings)
+
+
+def test_the_fusion_is_chosen_by_queries_of_no_other_side(trade):
+    name, out = trade
+    if name != "enterprise_search":
+        return
+    validation = {e.group for e in read_examples(out / "relevance.validation.jsonl", "ranking")}
+    assert len(validation) > 20
+    for side in sides(out, "relevance", "ranking"):
+        assert validation.isdisjoint(e.group for e in side)
+    right = [
+        {user_text(e).splitlines()[1][:60] for e in asked if e.relevance}
+        for asked in (
+            read_examples(out / "relevance.validation.jsonl", "ranking"),
+            *sides(out, "relevance", "ranking"),
+        )
+    ]
+    assert not right[0] & right[1]
+    assert not right[0] & right[2]
 
 
 def test_every_package_is_pinned_as_the_other_recipes_pin_it():

@@ -56,7 +56,8 @@ def test_every_kind_is_read_as_it_was_written(kind: Any, tmp_path: Path) -> None
         ("ranking", {"relevance": 4}, "`relevance`"),
         ("ranking", {"choices": ["yes", "no", "perhaps"]}, "has two"),
         ("json", {"answer": "{"}, "`answer`: is not JSON"),
-        ("json", {"choices": ["a", "b"]}, "belongs to choice and ranking"),
+        ("json", {"choices": ["a", "b"]}, "have no place in a json task"),
+        ("answer", {"choices": ["a", "b"]}, "is not one of `choices`"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_key(

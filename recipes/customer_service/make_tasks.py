@@ -10,7 +10,8 @@ Two tasks of a contact centre:
   one side only. Half of the tags and titles are put into a made sentence, and so is labelled.
 - ``policy`` (answer): a passage of a help document and a question about one point of it. Questions
   are made from what a document lists (point, then its value); the answer is the value as it stands
-  there, or ``NO_ANSWER`` where the passage, of the same document or product, does not hold it.
+  there, or ``NO_ANSWER`` where the passage, of the same document, does not hold it. To choose from
+  are ``NO_ANSWER`` and what the passage lists: values of its points, and whole entries.
 
 Three of four requests and questions to train on come without an answer, as they do in a desk.
 """
@@ -68,7 +69,9 @@ ANSWER = {
     "en": f"Answer in the document's words. If it does not say, answer {REFUSAL}.",
 }
 HELD_OUT_EVERY = 5  # every fifth document of a desk
-PASSAGE = 420  # characters
+PASSAGE = 320  # characters
+ASKED = 3  # times that a point is asked for, in other words or of another passage
+ENTRY = 90  # characters of an entry that can be an answer
 LABELLED = 4  # one of so many examples has its answer; the others wait for the teacher's
 
 
@@ -301,16 +304,19 @@ def questions(
     credit: dict[str, str],
     draw: random.Random,
 ) -> Iterator[tuple[HelpDocument, Example]]:
-    """Questions about the points that documents list, a third of them about a passage without."""
+    """Questions about the points that documents list, a third of them about a passage without.
+
+    Of documents to train on every point is asked for ``ASKED`` times.
+    """
     asked_before: Counter[tuple[str, str]] = Counter()
     for document in documents:
         passages = list(split_passages(document.text))
         points = [list(listed_points(passage)) for passage in passages]
         for number, (passage, found) in enumerate(zip(passages, points, strict=True)):
             counts = Counter(point for point, _ in found)
-            for point, value in found[:8]:
+            for point, value in found[:8] * (1 if document.held_out else ASKED):
                 asked_before[point, value] += 1
-                if counts[point] > 1 or asked_before[point, value] > 5:
+                if counts[point] > 1 or asked_before[point, value] > 8:
                     continue
                 if language == "ko" and not re.search("[가-힣]", point):  # a field of the API
                     continue
@@ -323,6 +329,9 @@ def questions(
                 side = "held_out" if document.held_out and draw.random() < 0.5 else "train"
                 asked = _filled(draw.choice(templates[side]), document.title, point)
                 shown = draw.choice(others) if refused else passage
+                answers = list(dict.fromkeys([*entries(shown), REFUSAL]))
+                if len(answers) < 3:  # too little to choose from
+                    continue
                 group = "not in the document" if refused else "in the document"
                 yield (
                     document,
@@ -331,6 +340,7 @@ def questions(
                         REFUSAL if refused else value,
                         language=language,
                         system=ANSWER[language],
+                        choices=answers,
                         group=group,
                         synthetic=True,
                         **credit,
@@ -379,6 +389,16 @@ def listed_points(passage: str) -> Iterator[tuple[str, str]]:
             and point != value
         ):
             yield point, value
+
+
+def entries(passage: str) -> Iterator[str]:
+    """What can be an answer: the values of a passage's points, and what else it lists."""
+    values = dict(listed_points(passage))
+    yield from values.values()
+    for line in passage.splitlines():
+        entry = re.fullmatch(rf"[-*\d.]+ (.{{2,{ENTRY}}})", line)
+        if entry and not any(entry[1].strip(" .*").startswith(point) for point in values):
+            yield entry[1].strip(" .*")
 
 
 def question_alone(asked: Example) -> str:

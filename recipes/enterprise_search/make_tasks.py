@@ -11,7 +11,9 @@ it finds, best first, so its own ranking is the order of the lines. ``TASK.first
 its scores, those with the titles weighed (``search_scores``), and also the queries that it found no
 answer to: no ranking can mend those, and they are not in the task. Of a training query the right
 page is there even if the search misses it, beside some wrong ones. Every other pair keeps its
-label; the rest are requests, for the teacher to judge. No page answers queries of both sides.
+label; the rest are requests, for the teacher to judge. ``relevance.validation.jsonl``, made like
+the held-out side, is neither trained on nor reported: `benchmarks/fusion.py` weighs the search on
+it. No page answers queries of two sides.
 """
 
 from __future__ import annotations
@@ -78,24 +80,32 @@ def main() -> None:
     }
     for name, collections in tasks.items():
         train: list[Example] = []
-        held_out: list[Example] = []
-        rankings: list[dict[str, Any]] = []
+        measured: dict[str, Ranked] = {"held-out": Ranked(), "validation": Ranked()}
         for collection, of_train, of_held_out in collections:
             if options.quick:
                 thin_out(collection, share)
             search = Search(collection)
-            learned, measured = split_queries(collection, of_train // share, of_held_out // share)
+            sides = split_queries(collection, of_train // share, of_held_out // share)
             draw = random.Random(collection.name)
-            known = set().union(*(collection.answers[query] for query in learned))
-            for query in learned:
+            known = set().union(*(collection.answers[query] for query in sides["train"]))
+            for query in sides["train"]:
                 train += training_list(search, query, known, draw)
-            for query in measured:
-                pairs, ranking = held_out_list(search, query)
-                held_out += pairs
-                rankings.append(ranking)
-        write_task(options.out, name, train, held_out, LABELLED)
-        lines = (json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
-        (options.out / f"{name}.first-stage.jsonl").write_text("".join(lines), "utf-8")
+            for side, ranked in measured.items():
+                for query in sides[side]:
+                    ranked.add(search, query)
+        write_task(options.out, name, train, measured["held-out"].pairs, LABELLED)
+        for side, ranked in measured.items():
+            of_side = name if side == "held-out" else f"{name}.{side}"
+            write_lines(options.out / f"{of_side}.first-stage.jsonl", ranked.rankings)
+        pairs = [pair.model_dump(exclude_none=True) for pair in measured["validation"].pairs]
+        write_lines(options.out / f"{name}.validation.jsonl", pairs)
+
+
+def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
+    """Write the records, if there are any, as JSON Lines."""
+    if records:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.write_text("".join(lines), "utf-8")
 
 
 def libreoffice(package: Package, language: Language) -> Collection:
@@ -185,10 +195,11 @@ def thin_out(collection: Collection, share: int) -> None:
     _keep_answers(collection, leads)
 
 
-def split_queries(
-    collection: Collection, of_train: int, of_held_out: int
-) -> tuple[list[str], list[str]]:
-    """Queries to train on and to measure; no page answers queries of both, and none are alike."""
+def split_queries(collection: Collection, of_train: int, of_held_out: int) -> dict[str, list[str]]:
+    """Queries to train on, to measure, and as many to choose by; those measured resemble no others.
+
+    No page answers queries of two sides.
+    """
     draw = random.Random(collection.name)
     pages = sorted(collection.pages)
     aside = set(draw.sample(pages, len(pages) // 4 if of_train else len(pages)))
@@ -199,13 +210,19 @@ def split_queries(
             measured.append(query)
         elif not answers & aside:
             learned.append(query)
-    measured = measured[:of_held_out]
+    measured, rest = measured[:of_held_out], measured[of_held_out:]
+    answering = set().union(*(collection.answers[query] for query in measured))
     likened = [letter_pairs(query) for query in measured]
-    return [
-        query
-        for query in learned
-        if not any(_alike(letter_pairs(query), other) for other in likened)
-    ][:of_train], measured
+
+    def of_its_own(query: str) -> bool:
+        return not any(_alike(letter_pairs(query), other) for other in likened)
+
+    others = [query for query in rest if not collection.answers[query] & answering]
+    return {
+        "train": [query for query in learned if of_its_own(query)][:of_train],
+        "held-out": measured,
+        "validation": [query for query in others if of_its_own(query)][:of_held_out],
+    }
 
 
 def _alike(one: set[str], other: set[str]) -> bool:
@@ -276,20 +293,29 @@ def training_list(
         yield _pair(search.collection, query, hit)
 
 
-def held_out_list(search: Search, query: str) -> tuple[list[Example], dict[str, Any]]:
-    """What the search finds, best first (nothing, if no answer is there), and its ranking."""
-    collection, hits = search.collection, search.hits(query)[:DEPTH]
-    pairs = [_pair(collection, query, hit) for hit in hits]
-    ranking = {
-        "group": _group(collection, query),
-        "language": collection.language,
-        "relevant": len(collection.answers[query]),
-        "ids": [pair.id for pair in pairs],
-        "scores": [round(hit.score, 4) for hit in hits],
-        "search_scores": [round(hit.with_title, 4) for hit in hits],
-        "relevance": [pair.relevance for pair in pairs],
-    }
-    return (pairs if any(pair.relevance for pair in pairs) else []), ranking
+@dataclass
+class Ranked:
+    """Pairs to rank, and what the lexical search made of them."""
+
+    pairs: list[Example] = field(default_factory=list)
+    rankings: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, search: Search, query: str) -> None:
+        """Add what the search finds, best first (no pairs, if no answer is there)."""
+        collection, hits = search.collection, search.hits(query)[:DEPTH]
+        pairs = [_pair(collection, query, hit) for hit in hits]
+        if any(pair.relevance for pair in pairs):
+            self.pairs += pairs
+        ranking = {
+            "group": _group(collection, query),
+            "language": collection.language,
+            "relevant": len(collection.answers[query]),
+            "ids": [pair.id for pair in pairs],
+            "scores": [round(hit.score, 4) for hit in hits],
+            "search_scores": [round(hit.with_title, 4) for hit in hits],
+            "relevance": [pair.relevance for pair in pairs],
+        }
+        self.rankings.append(ranking)
 
 
 def _group(collection: Collection, query: str) -> str:

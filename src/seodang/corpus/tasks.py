@@ -139,15 +139,15 @@ def _check_choices(asked: Request, kind: TaskKind, where: str) -> None:
     if asked.messages[-1].role != "user":
         raise InputError(f"{where}: `messages`: the last must be the user's")
     choices = asked.choices
-    if kind in ("choice", "ranking"):
-        if choices is None:
-            raise InputError(f"{where}: `choices`: a {kind} task needs them")
+    if choices is None and kind in ("choice", "ranking"):
+        raise InputError(f"{where}: `choices`: a {kind} task needs them")
+    if choices is not None:
+        if kind == "json":
+            raise InputError(f"{where}: `choices`: have no place in a json task")
         if len(set(choices)) != len(choices) or len(choices) < 2:
             raise InputError(f"{where}: `choices`: wants at least two different ones")
         if kind == "ranking" and len(choices) != 2:
             raise InputError(f"{where}: `choices`: a ranking task has two, the relevant one first")
-    elif choices is not None:
-        raise InputError(f"{where}: `choices`: belongs to choice and ranking tasks, not to {kind}")
     if kind == "ranking" and asked.group is None:
         raise InputError(f"{where}: `group`: a ranking task needs it")
 

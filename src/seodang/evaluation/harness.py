@@ -108,7 +108,7 @@ class HarnessModel:
             return time.perf_counter() - started
 
     def _response(self, task: Task, responses: Sequence[Any]) -> Response:
-        if task.kind in ("choice", "ranking") and self.tokenizer is not None:
+        if task.has_choices and self.tokenizer is not None:
             return Response(log_likelihoods=tuple(float(r[0][0]) for r in responses))
         return Response(said=str(responses[0][0]).strip())
 
@@ -124,7 +124,7 @@ def harness_task(task: Task, tokenizer: PreTrainedTokenizerBase | None) -> Any:
 
     from seodang.evaluation.responding import turn_end
 
-    by_likelihood = task.kind in ("choice", "ranking") and tokenizer is not None
+    by_likelihood = task.has_choices and tokenizer is not None
     end = turn_end(tokenizer) if tokenizer is not None else ""
 
     class OurTask(base):  # type: ignore[misc, valid-type]

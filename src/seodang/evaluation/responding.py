@@ -52,13 +52,12 @@ def respond(model: CausalLM, task: Task, description: str | None = None) -> list
     """The model's response to each example, the same for the same model and task.
 
     Likelihoods for tasks with choices, greedy answers for the others, JSON under its schema as
-    serving engines write it. Progress is shown under
-    ``description``, if there is one. A request that is longer than the model reads is cut at its
-    beginning, which is said. Raises ``WorkFailed`` if the model gives likelihoods that are not
-    numbers.
+    serving engines write it. Progress is shown under ``description``, if there is one.
+    A request that is longer than the model reads is cut at its beginning, which is said. Raises
+    ``WorkFailed`` if the model gives likelihoods that are not numbers.
     """
     prompts = [prompt_text(model.tokenizer, example.request) for example in task.examples]
-    if task.kind in ("choice", "ranking"):
+    if task.has_choices:
         end = turn_end(model.tokenizer)
         choices = [[choice + end for choice in example.choices or []] for example in task.examples]
         scored = choice_log_likelihoods(model, prompts, choices, description)

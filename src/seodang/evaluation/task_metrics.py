@@ -220,6 +220,8 @@ def _json(task: Task, example: Example, response: Response) -> dict[str, Any]:
 
 def _answer(task: Task, example: Example, response: Response) -> dict[str, Any]:
     said = response.said or ""
+    if response.log_likelihoods is not None and example.choices is not None:
+        said = example.choices[int(np.argmax(response.log_likelihoods))]
     given, right = said, example.answer
     if task.extract is not None:
         given, right = (extracted(text, task.extract) for text in (given, right))

@@ -54,6 +54,11 @@ class Task:
         return sha256_bytes(canonical_json([*rest, *given, examples]))
 
     @property
+    def has_choices(self) -> bool:
+        """Whether every example names what may be said to it: its likeliest choice is taken."""
+        return bool(self.examples) and all(e.choices is not None for e in self.examples)
+
+    @property
     def languages(self) -> list[str]:
         """The languages of the examples, in alphabetical order."""
         return sorted({example.language for example in self.examples})
@@ -150,7 +155,8 @@ def read_tasks(path: Path) -> list[Task]:
     """The tasks that a file names: a recipe, a list of ``tasks`` (YAML), or one task file.
 
     Of a foundation recipe they are its ``benchmarks``. What a task file alone holds is seen from
-    its keys: choices with a relevance are a ranking, choices a choice task, all else answers.
+    its keys: choices with a relevance are a ranking, choices a choice task, all else answers (those
+    with choices too are told from choice tasks by a recipe or a list of tasks only).
     Raises ``InputError`` if there is no task in it, and as :func:`load_task` does.
     """
     if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
