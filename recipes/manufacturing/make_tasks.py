@@ -9,8 +9,9 @@ Two tasks of a factory's maintenance and safety desk, in Korean:
   say it in ways, that no training report does. The accident alerts of the Occupational Safety and
   Health Agency (safety-law-mapper) are real: those before May 2026 are for training, later ones are
   held out. Their cause is the alert's own; the part is the kind of thing in the title that
-  ``wording.yaml`` lists, and no action is reported. Two of three reports to train on come without
-  an answer, as reports do.
+  ``wording.yaml`` lists, and no action is reported. Of the made reports to train on some are
+  mistyped, so that what is learned does not hang on single tokens. Two of three reports to train
+  on come without an answer, as reports do.
 - ``accident_type`` (choice): an alert's site and work, without the words at the end that say what
   happened; which accident was it? All real, split by the same date.
 """
@@ -26,10 +27,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from seodang.corpus.task_writing import apart, example, open_packages, script_options, write_task
+from seodang.corpus.task_writing import (
+    apart,
+    example,
+    open_packages,
+    script_options,
+    user_text,
+    write_task,
+)
 from seodang.corpus.tasks import Example
+from seodang.evaluation.perturb import spacing, typos
 from seodang.packages import Package
 
 HERE = Path(__file__).parent
@@ -43,6 +53,7 @@ OTHER_ACCIDENT = "그 밖의 재해"
 PARTICLES = {"이": "가", "은": "는", "을": "를", "과": "와", "으로": "로", "이라": "라"}
 RIEUL = 8  # the number of the consonant ㄹ at a syllable's end
 LABELLED = 3  # one of so many reports to train on has its answer; the others wait for the teacher's
+MISTYPED = 0.3
 MADE: Any = {
     "source": "Made from parts of korail-mcp 1.0.1 and terms of the OntoCraft register (CC BY 4.0)",
     "license": "LicenseRef-data.go.kr AND CC-BY-4.0",
@@ -66,8 +77,9 @@ def main() -> None:
     check_terms(wording, packages["ontocraft-check"])
     alerts = read_alerts(packages["safety-law-mapper"])[:: 4 if options.quick else 1]
     reports = Reports(wording, packages["korail-mcp"])
-    train = [reports.make("train", "train") for _ in range(int(10000 * share))]
-    train += [reports.accident() for _ in range(int(2000 * share))]
+    train = [reports.make("train", "train") for _ in range(int(20000 * share))]
+    train += [reports.accident() for _ in range(int(4000 * share))]
+    train = as_typed(train)
     held_out = [
         reports.make(words, parts)
         for words, parts in (("train", "held_out"), ("held_out", "train"), ("held_out",) * 2)
@@ -85,6 +97,18 @@ def main() -> None:
     for alert in alerts:
         sides[alert["posted_at"] >= HELD_OUT_FROM].extend(accident(alert))
     write_task(options.out, "accident_type", *apart(sides[False], sides[True]))
+
+
+def as_typed(reports: list[Example]) -> list[Example]:
+    """The same reports, a share of them with slips of the finger or without half the spaces."""
+    rng = np.random.default_rng(len(reports))
+    typed = []
+    for report in reports:
+        text = user_text(report)
+        if rng.random() < MISTYPED:
+            text = (typos, spacing)[int(rng.integers(2))](text, rng)
+        typed.append(_report(text, json.loads(report.answer), group=report.group, **MADE))
+    return typed
 
 
 def schema(
