@@ -70,7 +70,7 @@ ANSWER = {
 }
 HELD_OUT_EVERY = 5  # every fifth document of a desk
 PASSAGE = 320  # characters
-ASKED = 3  # times that a point is asked for, in other words or of another passage
+ASKED = 2  # times that a point is asked for, in other words or of another passage
 ENTRY = 90  # characters of an entry that can be an answer
 LABELLED = 4  # one of so many examples has its answer; the others wait for the teacher's
 
@@ -397,8 +397,9 @@ def entries(passage: str) -> Iterator[str]:
     yield from values.values()
     for line in passage.splitlines():
         entry = re.fullmatch(rf"[-*\d.]+ (.{{2,{ENTRY}}})", line)
-        if entry and not any(entry[1].strip(" .*").startswith(point) for point in values):
-            yield entry[1].strip(" .*")
+        text = entry[1].strip(" .*") if entry else ""
+        if re.search(r"\w", text) and not any(text.startswith(point) for point in values):
+            yield text
 
 
 def question_alone(asked: Example) -> str:
