@@ -78,8 +78,8 @@ PREPARING = {
 
 def main() -> None:
     """Write both tasks and the schema of the first."""
-    options = script_options(__doc__, "a twenty-fifth of the examples")
-    share = 0.04 if options.quick else 1.0
+    options = script_options(__doc__, "a fiftieth of the examples, twice that of those held out")
+    share = 0.02 if options.quick else 1.0
     wording = yaml.safe_load((HERE / "wording.yaml").read_text("utf-8"))
     packages = open_packages(HERE / "packages.yaml")
     railway = Railway(packages["korail-mcp"])
@@ -88,7 +88,7 @@ def main() -> None:
         requests = Requests(railway, wording[language], language)
         train += [requests.make("train", "train") for _ in range(int(of_train * share))]
         for words, stations in (("train", "held_out"), ("held_out", "train"), ("held_out",) * 2):
-            count = int(of_held_out * share / 3)
+            count = int(of_held_out * min(1.0, 2 * share) / 3)
             held_out += [requests.make(words, stations) for _ in range(count)]
     train, held_out = apart(train, held_out, threshold=0.9)
     write_task(options.out, "trip_query", train, held_out, LABELLED)
