@@ -12,6 +12,7 @@ chose nor trained it, before and after training, and its ratio to the rule that 
 - measured: the contiguous block whose removal leaves the lowest loss on stored labels
 - angular: the contiguous block with the smallest angle between its input and its output
   (Gromov et al., arXiv 2403.17887)
+- alone: the layers whose removal alone raises that loss most (Kim et al., arXiv 2402.02834)
 - even: layers evenly spaced, first and last included (DistilBERT, arXiv 1910.01108)
 
 For heads, neurons and hidden dimensions:
@@ -37,14 +38,14 @@ from seodang.causal_lm import CausalLM
 from seodang.recipe import StudentConfig
 from seodang.softlabels.store import SoftLabelSequence, SoftLabelStore
 from seodang.softlabels.store import open as open_store
-from seodang.student.depth import without_block
+from seodang.student.depth import only_layers, without_block
 from seodang.student.probe import probe_sequences, soft_label_loss
 from seodang.student.start import build_start, check_start, choose_start
 from seodang.student.width import head_splits
 from seodang.teacher.local import teacher_directory
 from seodang.teacher.named import teacher_config
 
-HELD_OUT = 4  # sequences
+HELD_OUT = 16  # sequences
 
 
 def even(total: int, keep: int) -> list[int]:
@@ -66,6 +67,16 @@ def angular(teacher: Path, store: SoftLabelStore, keep: int) -> list[int]:
         angles.append(torch.stack(cosines).clamp(-1, 1).acos())
     total = len(states) - 1
     return without_block(total, keep, 1 + int(torch.cat(angles, dim=1).mean(1).argmin()))
+
+
+def missed_alone(model: Any, store: SoftLabelStore, keep: int) -> list[int]:
+    total = len(model.base_model.layers)
+    probe, residual = probe_sequences(store), store.estimator == "residual"
+    losses = []
+    for left_out in range(total):
+        with only_layers(model, [i for i in range(total) if i != left_out]), torch.inference_mode():
+            losses.append(float(soft_label_loss(model, probe, residual=residual)))
+    return sorted(sorted(range(total), key=lambda i: -losses[i])[:keep])
 
 
 def width_rule(
@@ -90,10 +101,12 @@ def width_rule(
 
 
 def rules(teacher: Path, store: SoftLabelStore, config: StudentConfig) -> dict[str, dict[str, Any]]:
-    settings = CausalLM.load(teacher, torch.device("cpu")).model.config.to_dict()
+    model = CausalLM.load(teacher, torch.device("cpu")).model
+    settings = model.config.to_dict()
     measured = choose_start(teacher, store, config)
     if config.layers:
         layers = {
+            "alone": missed_alone(model, store, config.layers),
             "angular": angular(teacher, store, config.layers),
             "even": even(settings["num_hidden_layers"], config.layers),
         }

@@ -281,13 +281,19 @@ def training_list(
     """The query's pages, and some of those that the search takes for right.
 
     Wrong are only pages ``known`` to be right for another query: of the others a model would learn
-    that they are always wrong, and these are what it is measured on.
+    that they are always wrong, and these are what it is measured on. The better the search likes
+    a wrong page, the likelier it is drawn (in inverse proportion to its place): what the search
+    itself tells apart, a model that is used with it need not learn.
     """
     answers = search.collection.answers[query]
     hits = search.hits(query, answers)
     right = [hit for hit in hits if hit.page in answers][:3]
     wrong = [hit for hit in hits[:DEPTH] if hit.page in known - answers]
-    listed = right + draw.sample(wrong, min(WRONG, len(wrong)))
+    wrong.sort(key=lambda hit: -hit.with_title)
+    # Weighted sampling without replacement (Efraimidis and Spirakis 2006), of weights 1 / place.
+    keys = [draw.random() ** place for place in range(1, len(wrong) + 1)]
+    drawn = sorted(range(len(wrong)), key=lambda at: -keys[at])[:WRONG]
+    listed = right + [wrong[at] for at in drawn]
     draw.shuffle(listed)
     for hit in listed:
         yield _pair(search.collection, query, hit)
