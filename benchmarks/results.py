@@ -82,7 +82,8 @@ def _recipe(kept: dict[str, Any]) -> Iterator[str]:
     yield (
         f"The gate **{verdict}**. Teacher {parameters['teacher'] / 1e6:.1f} M parameters, student "
         f"{parameters['student'] / 1e6:.1f} M ({share:.0%}). From corpus to the end "
-        f"{kept['minutes']} minutes; cores ({machine['processor']}): {machine['cores']}."
+        f"{kept['minutes']} minutes, with whatever else the machine did meanwhile; cores "
+        f"({machine['processor']}): {machine['cores']}."
     )
     for check in failed:
         yield f"- {check['name']}: {check['value']:.4g} must be {check['comparison']} " + (
