@@ -32,7 +32,13 @@ from typing import Any, NamedTuple
 import yaml
 from selectolax.lexbor import LexborHTMLParser
 
-from seodang.corpus.task_writing import example, open_packages, script_options, write_task
+from seodang.corpus.task_writing import (
+    example,
+    open_packages,
+    script_options,
+    write_lines,
+    write_task,
+)
 from seodang.corpus.tasks import Example
 from seodang.lexical_search import LexicalIndex, best_window, letter_pairs
 from seodang.packages import Package
@@ -94,18 +100,11 @@ def main() -> None:
                 for query in sides[side]:
                     ranked.add(search, query)
         write_task(options.out, name, train, measured["held-out"].pairs, LABELLED)
-        for side, ranked in measured.items():
-            of_side = name if side == "held-out" else f"{name}.{side}"
-            write_lines(options.out / f"{of_side}.first-stage.jsonl", ranked.rankings)
-        pairs = [pair.model_dump(exclude_none=True) for pair in measured["validation"].pairs]
-        write_lines(options.out / f"{name}.validation.jsonl", pairs)
-
-
-def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
-    """Write the records, if there are any, as JSON Lines."""
-    if records:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        file.write_text("".join(lines), "utf-8")
+        write_lines(options.out / f"{name}.first-stage.jsonl", measured["held-out"].rankings)
+        if (ranked := measured["validation"]).rankings:
+            write_lines(options.out / f"{name}.validation.first-stage.jsonl", ranked.rankings)
+            pairs = [pair.model_dump(exclude_none=True) for pair in ranked.pairs]
+            write_lines(options.out / f"{name}.validation.jsonl", pairs)
 
 
 def libreoffice(package: Package, language: Language) -> Collection:
@@ -291,9 +290,8 @@ def training_list(
     wrong = [hit for hit in hits[:DEPTH] if hit.page in known - answers]
     wrong.sort(key=lambda hit: -hit.with_title)
     # Weighted sampling without replacement (Efraimidis and Spirakis 2006), of weights 1 / place.
-    keys = [draw.random() ** place for place in range(1, len(wrong) + 1)]
-    drawn = sorted(range(len(wrong)), key=lambda at: -keys[at])[:WRONG]
-    listed = right + [wrong[at] for at in drawn]
+    keys = {hit.page: draw.random() ** place for place, hit in enumerate(wrong, 1)}
+    listed = right + sorted(wrong, key=lambda hit: -keys[hit.page])[:WRONG]
     draw.shuffle(listed)
     for hit in listed:
         yield _pair(search.collection, query, hit)

@@ -107,7 +107,7 @@ def as_typed(reports: list[Example]) -> list[Example]:
         text = user_text(report)
         if rng.random() < MISTYPED:
             text = (typos, spacing)[int(rng.integers(2))](text, rng)
-        typed.append(_report(text, json.loads(report.answer), group=report.group, **MADE))
+        typed.append(example(text, report.answer, group=report.group, **MADE))
     return typed
 
 

@@ -154,7 +154,7 @@ def _answers(
             )
             if not file.exists():
                 responses = model(replace(task, examples=block))
-                texts = [_said(*pair) for pair in zip(block, responses, strict=True)]
+                texts = [r.answer_to(asked) for asked, r in zip(block, responses, strict=True)]
                 blocks.mkdir(exist_ok=True)
                 write_json(file, texts)
             said += json.loads(file.read_bytes())
@@ -163,13 +163,6 @@ def _answers(
         Answer(request, text, _fault(task, request, text))
         for request, text in zip(requests, said, strict=True)
     ]
-
-
-def _said(request: Request, response: Response) -> str:
-    if response.log_likelihoods is None or request.choices is None:
-        return response.said or ""
-    best = max(range(len(request.choices)), key=response.log_likelihoods.__getitem__)
-    return request.choices[best]
 
 
 def _fault(task: Task, request: Request, said: str) -> str | None:

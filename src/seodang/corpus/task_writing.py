@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -117,14 +118,19 @@ def write_task(
     for side, examples in sides.items():
         if not examples:
             continue
-        with (folder / f"{name}.{side}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-            for asked in examples:
-                if user_text(asked) in seen:
-                    raise ValueError(f"{name}: asked twice: {user_text(asked)!r}")
-                seen.add(user_text(asked))
-                unknown = {"answer", "relevance"} if side == "requests" else None
-                line = asked.model_dump(exclude_none=True, exclude=unknown)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for asked in examples:
+            if user_text(asked) in seen:
+                raise ValueError(f"{name}: asked twice: {user_text(asked)!r}")
+            seen.add(user_text(asked))
+        unknown = {"answer", "relevance"} if side == "requests" else None
+        lines = [asked.model_dump(exclude_none=True, exclude=unknown) for asked in examples]
+        write_lines(folder / f"{name}.{side}.jsonl", lines)
+
+
+def write_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write records as JSON Lines."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    file.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def script_options(about: str, quick: str) -> argparse.Namespace:

@@ -93,7 +93,8 @@ class HarnessModel:
                 bootstrap_iters=0,
             )
         samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
-        return [self._response(task, sample["resps"]) for sample in samples]
+        by_likelihood = task.has_choices and self.tokenizer is not None
+        return [_response(sample["resps"], by_likelihood=by_likelihood) for sample in samples]
 
     def seconds(self, task: Task) -> float:
         """How long the model takes for the task's examples, without what the harness does."""
@@ -107,10 +108,11 @@ class HarnessModel:
             ask(asked.instances)
             return time.perf_counter() - started
 
-    def _response(self, task: Task, responses: Sequence[Any]) -> Response:
-        if task.has_choices and self.tokenizer is not None:
-            return Response(log_likelihoods=tuple(float(r[0][0]) for r in responses))
-        return Response(said=str(responses[0][0]).strip())
+
+def _response(responses: Sequence[Any], *, by_likelihood: bool) -> Response:
+    if by_likelihood:
+        return Response(log_likelihoods=tuple(float(r[0][0]) for r in responses))
+    return Response(said=str(responses[0][0]).strip())
 
 
 def harness_task(task: Task, tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seodang.artifact import sha256_bytes
-from seodang.corpus.tasks import Example
+from seodang.corpus.tasks import Example, Request
 from seodang.evaluation import structured
 from seodang.evaluation.statistics import Float, Statistic, calibration_error, mean_of, ratio
 from seodang.evaluation.tasks import Task
@@ -54,6 +54,12 @@ class Response:
 
     log_likelihoods: tuple[float, ...] | None = None
     said: str | None = None
+
+    def answer_to(self, request: Request) -> str:
+        """The likeliest of the request's choices; without likelihoods, what the model said."""
+        if self.log_likelihoods is None or request.choices is None:
+            return self.said or ""
+        return request.choices[int(np.argmax(self.log_likelihoods))]
 
 
 class Metric(NamedTuple):
@@ -138,12 +144,11 @@ def _choice(example: Example, response: Response) -> dict[str, Any]:
         return _row(example, said=said, accuracy=int(said == example.answer))
     scores = np.array(response.log_likelihoods, np.float64)
     probabilities = np.exp(scores - np.logaddexp.reduce(scores))
-    best = int(scores.argmax())
-    chosen = example.choices[best]
+    chosen = response.answer_to(example)
     return _row(
         example,
         chosen=chosen,
-        confidence=float(min(1.0, probabilities[best])),
+        confidence=float(min(1.0, probabilities.max())),
         accuracy=int(chosen == example.answer),
     )
 
@@ -219,9 +224,7 @@ def _json(task: Task, example: Example, response: Response) -> dict[str, Any]:
 
 
 def _answer(task: Task, example: Example, response: Response) -> dict[str, Any]:
-    said = response.said or ""
-    if response.log_likelihoods is not None and example.choices is not None:
-        said = example.choices[int(np.argmax(response.log_likelihoods))]
+    said = response.answer_to(example)
     given, right = said, example.answer
     if task.extract is not None:
         given, right = (extracted(text, task.extract) for text in (given, right))

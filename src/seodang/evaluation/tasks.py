@@ -56,7 +56,7 @@ class Task:
     @property
     def has_choices(self) -> bool:
         """Whether every example names what may be said to it: its likeliest choice is taken."""
-        return bool(self.examples) and all(e.choices is not None for e in self.examples)
+        return all(example.choices is not None for example in self.examples)
 
     @property
     def languages(self) -> list[str]:
