@@ -52,8 +52,8 @@ def even(total: int, keep: int) -> list[int]:
     return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
 
 
-def angular(teacher: Path, store: SoftLabelStore, keep: int) -> list[int]:
-    body = CausalLM.load(teacher, torch.device("cpu")).body
+def angular(model: Any, store: SoftLabelStore, keep: int) -> list[int]:
+    body = model.base_model
     angles = []
     for sequence in probe_sequences(store):
         ids = torch.from_numpy(sequence.token_ids.astype(np.int64))[None]
@@ -107,7 +107,7 @@ def rules(teacher: Path, store: SoftLabelStore, config: StudentConfig) -> dict[s
     if config.layers:
         layers = {
             "alone": missed_alone(model, store, config.layers),
-            "angular": angular(teacher, store, config.layers),
+            "angular": angular(model, store, config.layers),
             "even": even(settings["num_hidden_layers"], config.layers),
         }
         return {"measured": measured} | {

@@ -1,10 +1,12 @@
 """The specialists' results on one page, from the files that their runs wrote.
 
-    python benchmarks/results.py keep runs/mobility/student     # into docs/results/mobility.json
-    python benchmarks/results.py page                           # docs/results.md, from all of them
+    python benchmarks/results.py keep runs/mobility/student recipes/mobility.yaml
+    python benchmarks/results.py page
 
-Nothing on the page is typed: figures, intervals, p-values and verdicts are those of the runs'
-``evaluation/metrics.json``. ``keep`` takes a finished run, whether its gate passed or not.
+``keep`` takes a finished run of a recipe, whether its gate passed or not, into docs/results/; what
+the run set otherwise than the recipe (``--set``, or an earlier form of it) is kept with it.
+``page`` makes docs/results.md of all of them. Nothing on it is typed: figures, intervals, p-values
+and verdicts are those of the runs' ``evaluation/metrics.json``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from seodang.artifact import MANIFEST, Artifact
 from seodang.evaluation.evaluate import METRICS
 from seodang.evaluation.task_metrics import MAIN
 from seodang.evaluation.task_report import LANGUAGES, examples_in_words
+from seodang.recipe_file import load_recipe
 from seodang.stages import RECIPE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -35,9 +38,10 @@ MODELS = {
 SECTIONS = ("models", "held_out", "tasks", "task_comparisons", "task_robustness", "task_costs")
 
 
-def keep(run: Path) -> Path:
-    """Copy what the page needs of a finished run; gives the file."""
+def keep(run: Path, published: Path) -> Path:
+    """Copy what the page needs of a finished run of the recipe ``published``; gives the file."""
     recipe = json.loads((run / RECIPE).read_bytes())
+    keys = json.loads(load_recipe(published).model_dump_json())
     evaluation = Artifact.open(run / "evaluation", "evaluation")
     metrics = json.loads((evaluation.path / METRICS).read_bytes())
     ended = [manifest.stat().st_mtime for manifest in run.glob(f"*/{MANIFEST}")]
@@ -46,12 +50,25 @@ def keep(run: Path) -> Path:
         "description": recipe["description"],
         "minutes": round((max(ended) - min(ended)) / 60, 1),
         "digest": evaluation.digest,
+        "otherwise": sorted(differing(recipe, keys)),
         **{key: metrics[key] for key in (*SECTIONS, "task_examples", "gate")},
     }
     file = KEPT / f"{recipe['name']}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return file
+
+
+def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """The dotted keys, with the first one's values, in which two recipes are not the same."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        one, other = ({str(place): v for place, v in enumerate(values)} for values in (one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differing(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+    elif one != other:  # a file's place is the machine's own affair
+        said = Path(one).name if isinstance(one, str) and Path(one).is_absolute() else one
+        yield f"{path}={json.dumps(said, ensure_ascii=False)}"
 
 
 def page(files: list[Path]) -> str:
@@ -85,6 +102,8 @@ def _recipe(kept: dict[str, Any]) -> Iterator[str]:
         f"{kept['minutes']} minutes, with whatever else the machine did meanwhile; cores "
         f"({machine['processor']}): {machine['cores']}."
     )
+    if kept["otherwise"]:
+        yield f"Run with {', '.join(f'`{setting}`' for setting in kept['otherwise'])}."
     for check in failed:
         yield f"- {check['name']}: {check['value']:.4g} must be {check['comparison']} " + (
             f"{check['threshold']:.4g}"
@@ -134,11 +153,13 @@ def _figure(figure: dict[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("keep").add_argument("run", type=Path)
+    keeping = commands.add_parser("keep")
+    keeping.add_argument("run", type=Path, help="directory of a finished run")
+    keeping.add_argument("recipe", type=Path, help="the recipe that was run")
     commands.add_parser("page")
     options = parser.parse_args()
     if options.command == "keep":
-        print(keep(options.run))
+        print(keep(options.run, options.recipe))
     else:
         PAGE.write_text(page(sorted(KEPT.glob("*.json"))), "utf-8")
         print(PAGE)

@@ -143,8 +143,10 @@ def test_the_results_page_says_what_the_run_measured(
     result: RunResult, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "KEPT", tmp_path / "results")
-    file = results.keep(result.out)
+    recipe = result.out.parent / "recipe.yaml"
+    file = results.keep(result.out, recipe)
     page = results.page([file])
+    assert "Run with" not in page
     assert "The gate **passed**" in page
     for task in ("routing", "help"):
         assert f"### {task}\n" in page
@@ -158,6 +160,11 @@ def test_the_results_page_says_what_the_run_measured(
     failed = results.page([file])
     assert "The gate **failed 1 of its" in failed
     assert f"- {kept['gate']['checks'][0]['name']}: 0.25 must be" in failed
+    values = yaml.safe_load(recipe.read_text())
+    values["student"]["epochs"] = 7
+    other = recipe.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(values))
+    assert "`student.epochs=1`" in results.page([results.keep(result.out, other)])
 
 
 def test_the_committed_page_is_made_of_the_committed_files(results: Any) -> None:

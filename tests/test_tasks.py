@@ -58,6 +58,7 @@ def test_every_kind_is_read_as_it_was_written(kind: Any, tmp_path: Path) -> None
         ("json", {"answer": "{"}, "`answer`: is not JSON"),
         ("json", {"choices": ["a", "b"]}, "have no place in a json task"),
         ("answer", {"choices": ["a", "b"]}, "is not one of `choices`"),
+        ("answer", {"choices": ["a", "b"], "answer": "a"}, "every line of a file has them, or"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_key(

@@ -125,6 +125,15 @@ def test_what_cannot_be_a_teacher_is_refused(directory: Path, tmp_path: Path, ca
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_an_unfinished_training_is_no_teacher(tmp_path: Path) -> None:
+    (tmp_path / "base" / "checkpoints").mkdir(parents=True)
+    config = TeacherConfig(path=str(tmp_path / "base"))
+    with pytest.raises(InputError, match=r"base: holds the checkpoints .* has not ended"):
+        teacher_directory(config)
+    (tmp_path / "base" / "manifest.json").touch()
+    assert teacher_directory(config) == tmp_path / "base"
+
+
 class Malicious:
     """A pickle that touches a file when it is opened."""
 

@@ -217,12 +217,12 @@ def test_the_student_learns_from_them_and_the_baseline_does_not(recipe: Path, ou
 
 
 def test_without_anything_else_the_baseline_has_nothing_to_learn(
-    recipe: Path, tmp_path: Path
+    recipe: Path, out: Path, tmp_path: Path
 ) -> None:
     from seodang.student.train import train
 
     recipe_ = load_recipe(recipe)
-    store = open_store(recipe.parent / "out" / "soft-labels")
+    store = open_store(out / "soft-labels")
     with pytest.raises(InputError, match="give a task a `train` file"):
         train(
             store,

@@ -113,6 +113,9 @@ def _read(
             _check_answer(read, kind, record.where)
         if read.id in found:
             raise InputError(f"{record.where}: `id`: {read.id!r} stands on an earlier line too")
+        first = next(iter(found.values()), read)
+        if (read.choices is None) != (first.choices is None):
+            raise InputError(f"{record.where}: `choices`: every line of a file has them, or none")
         found[read.id] = read
     kept = [r for r in found.values() if languages is None or r.language in languages]
     if not kept:

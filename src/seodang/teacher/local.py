@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from seodang.artifact import Artifact, Source, begin
+from seodang.artifact import MANIFEST, Artifact, Source, begin
 from seodang.causal_lm import CausalLM, load_tokenizer, model_fingerprint, quiet_transformers
 from seodang.errors import InputError
 from seodang.packages import PackagePin, cache_directory, open_package
 from seodang.progress import say
 from seodang.recipe import TeacherConfig
+from seodang.training.loop import CHECKPOINTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,12 +104,19 @@ def teacher_source(config: TeacherConfig) -> Source:
 def teacher_directory(config: TeacherConfig) -> Path:
     """The teacher's Hugging Face directory; a packaged one is converted on first use.
 
-    Raises ``InputError`` if the package was not fetched or holds no single GGUF file.
+    Raises ``InputError`` if the package was not fetched or holds no single GGUF file, and if the
+    directory is of a training that has not ended.
     """
     pin = config.pin()
     if pin is None:
         assert config.path is not None
-        return Path(config.path)
+        directory = Path(config.path)
+        if (directory / CHECKPOINTS).is_dir() and not (directory / MANIFEST).exists():
+            raise InputError(
+                f"{directory}: holds the checkpoints of a training that has not ended; "
+                "run it to its end, then name it as a teacher"
+            )
+        return directory
     name = f"{pin.package}-{pin.version}-{pin.sha256[:16]}-{CONVERSION}"
     folder = cache_directory() / "teachers" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
