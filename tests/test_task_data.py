@@ -172,6 +172,33 @@ def test_what_is_made_is_labelled_so_and_what_is_real_is_verbatim(trade):
         assert not any(e.synthetic for e in sides(out, "relevance", "ranking")[1])
 
 
+def test_policy_is_also_asked_in_words_that_nobody_trained_on(trade):
+    name, out = trade
+    if name != "customer_service":
+        return
+    wording = yaml.safe_load((RECIPES / name / "wording.yaml").read_text("utf-8"))
+    other = wording["other_words"]
+    assert other["train"].keys() == other["held_out"].keys()
+    for term, words in other["train"].items():
+        assert not {term, *words} & set(other["held_out"][term])
+    train, held_out = sides(out, "policy", "answer")
+    groups = Counter(asked.group for asked in held_out if asked.language == "en")
+    assert groups["by its name"] > 50
+    assert groups["in other words"] > 40
+    # What no term has for its own word on the training side is in no question there.
+    known = [word for words in other["train"].values() for word in words]
+    terms = "\n".join([*other["train"], *known])
+    new = [
+        w for words in other["held_out"].values() for w in words if len(w) > 8 and w not in terms
+    ]
+    assert len(new) > 30
+    asked_to_train = [user_text(a).splitlines()[-1] for a in train if a.group == "in other words"]
+    asked_held_out = [user_text(a).splitlines()[-1] for a in held_out]
+    assert asked_to_train
+    assert sum(word in question for question in asked_to_train for word in new) == 0
+    assert sum(word in question for question in asked_held_out for word in new) > 20
+
+
 def test_named_parts_and_places_stand_in_the_request(trade):
     name, out = trade
     fields = {"manufacturing": ("work_order", ["part"])}

@@ -11,7 +11,9 @@ Two tasks of a contact centre:
 - ``policy`` (answer): a passage of a help document and a question about one point of it. Questions
   are made from what a document lists (point, then its value); the answer is the value as it stands
   there, or ``NO_ANSWER`` where the passage, of the same document, does not hold it. To choose from
-  are ``NO_ANSWER`` and what the passage lists: values of its points, and whole entries.
+  are ``NO_ANSWER`` and what the passage lists: values of its points, and whole entries. In English
+  most questions name the point in other words than the document (``wording.yaml``), those
+  held out in words that no question to train on has for it.
 
 Three of four requests and questions to train on come without an answer, as they do in a desk.
 """
@@ -71,6 +73,7 @@ ANSWER = {
 HELD_OUT_EVERY = 5  # every fifth document of a desk
 PASSAGE = 320  # characters
 ASKED = 2  # times that a point is asked for, in other words or of another passage
+OTHER_WORDS = 0.7  # of the English questions
 ENTRY = 90  # characters of an entry that can be an answer
 LABELLED = 4  # one of so many examples has its answer; the others wait for the teacher's
 
@@ -116,7 +119,8 @@ def main() -> None:
     sides: dict[bool, list[Example]] = {False: [], True: []}
     for language, documents, credit in (("ko", korean, PORTONE), ("en", english, BANK)):
         templates = wording["questions"][language]
-        for document, asked in questions(documents, templates, language, credit, draw):
+        other = wording["other_words"] if language == "en" else {}
+        for document, asked in questions(documents, templates, other, language, credit, draw):
             sides[document.held_out].append(asked)
     draw.shuffle(sides[False])
     apart_sides = apart(sides[False], sides[True], question_alone, 0.9)
@@ -300,6 +304,7 @@ def _tool_request(
 def questions(
     documents: list[HelpDocument],
     templates: dict[str, list[str]],
+    other_words: dict[str, dict[str, list[str]]],
     language: Language,
     credit: dict[str, str],
     draw: random.Random,
@@ -327,12 +332,16 @@ def questions(
                 ]
                 refused = bool(others) and draw.random() < 0.33
                 side = "held_out" if document.held_out and draw.random() < 0.5 else "train"
-                asked = _filled(draw.choice(templates[side]), document.title, point)
+                named = point
+                if other_words and draw.random() < OTHER_WORDS:
+                    named = in_other_words(point, other_words[side], draw)
+                asked = _filled(draw.choice(templates[side]), document.title, named)
                 shown = draw.choice(others) if refused else passage
                 answers = list(dict.fromkeys([*entries(shown), REFUSAL]))
                 if len(answers) < 3:  # too little to choose from
                     continue
-                group = "not in the document" if refused else "in the document"
+                group = "by its name" if named == point else "in other words"
+                group = "not in the document" if refused else group
                 yield (
                     document,
                     example(
@@ -346,6 +355,15 @@ def questions(
                         **credit,
                     ),
                 )
+
+
+def in_other_words(point: str, known: dict[str, list[str]], draw: random.Random) -> str:
+    """The point with every term that is ``known`` in other words; itself if there is none."""
+    terms = "|".join(re.escape(term) for term in sorted(known, key=len, reverse=True))
+    text, found = re.subn(
+        rf"(?<!\w)(?:{terms})(?!\w)", lambda m: draw.choice(known[m[0]]), point.lower()
+    )
+    return text if found else point
 
 
 def laid_out(title: str, passage: str, asked: str, language: Language) -> str:
