@@ -10,9 +10,10 @@ the title's own BM25 added, times a weight. Choose the weight on the training qu
 from __future__ import annotations
 
 import sys
-from math import log2
 from pathlib import Path
 from statistics import fmean
+
+import numpy as np
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "enterprise_search"
 sys.path.insert(0, str(RECIPE))
@@ -20,6 +21,7 @@ sys.path.insert(0, str(RECIPE))
 from make_tasks import Search, libreoffice, portone, split_queries  # noqa: E402
 
 from seodang.corpus.task_writing import open_packages  # noqa: E402
+from seodang.evaluation.task_metrics import AT, ranking_metrics  # noqa: E402
 
 WEIGHTS = [0.0, 0.25, 0.5, 1.0, 2.0]
 
@@ -48,9 +50,10 @@ def ndcg(
     """nDCG@10 of the pages that either index finds, by the weighed sum of their scores."""
     pages, titles = scores
     fused = {page: score + weight * titles.get(page, 0.0) for page, score in pages.items()}
-    best = sorted(fused, key=lambda page: -fused[page])[:10]
-    gain = sum(1 / log2(place + 2) for place, page in enumerate(best) if page in answers)
-    return gain / sum(1 / log2(place + 2) for place in range(min(10, len(answers))))
+    ranked = sorted(fused, key=lambda page: -fused[page])
+    missed = len(answers - fused.keys())  # behind everything that is found
+    relevance = [page in answers for page in ranked] + [False] * AT + [True] * missed
+    return ranking_metrics(np.array(relevance, np.float64))[f"ndcg@{AT}"]
 
 
 if __name__ == "__main__":
