@@ -24,7 +24,6 @@ from seodang.foundation.post_training.problem import MODES, Mode
 from seodang.foundation.post_training.reasoning_data import Problem, read_problems
 from seodang.foundation.post_training.rewards import reward
 from seodang.foundation.pretraining.experts import use_grouped_experts
-from seodang.training.products import use_fast_products
 
 AT_ONCE = 64  # answers of one forward pass
 
@@ -41,7 +40,6 @@ def main() -> None:
     options = parser.parse_args()
 
     model = CausalLM.load(options.run / "overlap")
-    use_fast_products(model.model)
     use_grouped_experts(model.model)
     data = Artifact.open(options.run / "data")
     problems = read_problems(data, "train")[-options.problems :]

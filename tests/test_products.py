@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from seodang.causal_lm import CausalLM
 from seodang.training.gated_mlp import use_lean_mlps
-from seodang.training.products import linear, use_fast_products
+from seodang.training.products import FEW_ROWS, linear, use_fast_products
+from tiny import tiny_teacher
 
 SIZE = st.integers(1, 70)
 
@@ -51,6 +53,21 @@ def test_a_layer_trains_as_before(leading, inner, outer, with_bias):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_loaded_model_computes_by_them(tmp_path):
+    model = CausalLM.load(tiny_teacher(tmp_path / "model"))
+    ids = torch.arange(3 * FEW_ROWS)[None]
+    found = []
+    for enabled in (True, False):
+        with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=enabled):
+            hidden = model.body(ids, use_cache=False).last_hidden_state[0]
+            found.append(model.log_probs(hidden))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    with torch.profiler.profile() as profile, torch.inference_mode():
+        model.log_probs(model.body(ids, use_cache=False).last_hidden_state[0])
+    products = [event.key for event in profile.key_averages() if "linear" in event.key]
+    assert products == ["mkldnn::_linear_pointwise"]
+
+
 def gated_mlp(hidden, inner, bias=False, **changes):
     shape = {"hidden_size": hidden, "intermediate_size": inner, "mlp_bias": bias}
     return LlamaMLP(LlamaConfig(num_attention_heads=1, head_dim=2, **shape, **changes))
@@ -80,7 +97,7 @@ def test_a_gated_mlp_keeps_two_activations_of_the_inner_width():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: sizes.append(tensor.shape[-1]) or tensor, lambda tensor: tensor
         ):
-            mlp(torch.randn(5, 4, requires_grad=True))
+            mlp(torch.randn(FEW_ROWS, 4, requires_grad=True))
         return sizes.count(33)
 
     mlp = gated_mlp(4, 33)
@@ -95,7 +112,7 @@ def test_other_mlps_go_the_usual_way(kind):
     mlp = gated_mlp(6, 8, hidden_act="gelu" if kind == "gelu" else "silu")
     if kind == "another class":
         mlp.__class__ = type("AnotherMLP", (LlamaMLP,), {})
-    other, x = copy.deepcopy(mlp), torch.randn(3, 6)
+    other, x = copy.deepcopy(mlp), torch.randn(FEW_ROWS, 6)
     use_lean_mlps(mlp)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         found, expected = mlp(x), other(x)
@@ -107,18 +124,19 @@ def test_only_what_needs_a_gradient_gets_one():
     layer = torch.nn.Linear(5, 3)
     layer.weight.requires_grad_(False)
     use_fast_products(layer)
-    layer(torch.randn(2, 5)).sum().backward()
+    layer(torch.randn(FEW_ROWS, 5)).sum().backward()
     assert layer.weight.grad is None
-    torch.testing.assert_close(layer.bias.grad, torch.full((3,), 2.0))
+    torch.testing.assert_close(layer.bias.grad, torch.full((3,), float(FEW_ROWS)))
 
 
-@pytest.mark.parametrize("kind", ["autocast", "double", "without oneDNN", "nothing"])
+@pytest.mark.parametrize("kind", ["autocast", "double", "without oneDNN", "nothing", "few rows"])
 def test_whatever_else_goes_the_usual_way(kind):
     layer = torch.nn.Linear(5, 3)
     expected = torch.nn.Linear(5, 3)
     expected.load_state_dict(layer.state_dict())
     use_fast_products(layer)
-    x = torch.randn(0 if kind == "nothing" else 4, 5)
+    rows = {"nothing": 0, "few rows": FEW_ROWS - 1}.get(kind, FEW_ROWS)
+    x = torch.randn(rows, 5)
     if kind == "double":
         layer, expected, x = layer.double(), expected.double(), x.double()
     with (

@@ -21,6 +21,7 @@ import torch
 from seodang.artifact import canonical_json, sha256_bytes, sha256_file
 from seodang.errors import InputError
 from seodang.training.latent_decoding import use_latent_decoding
+from seodang.training.products import product, use_fast_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,6 +155,7 @@ class CausalLM:
             )
         model = model.to(device or default_device()).eval()
         use_latent_decoding(model)
+        use_fast_products(model)
         found = cls(model, tokenizer)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= found.vocab_size:
@@ -244,7 +246,7 @@ class CausalLM:
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Logits (rows, vocabulary) of hidden states (rows, hidden)."""
-        return torch.nn.functional.linear(hidden_NH, self.head_VH, self.bias_V).float()
+        return product(hidden_NH, self.head_VH, self.bias_V).float()
 
     def log_probs(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Log-probabilities in nats, (rows, vocabulary) float32."""

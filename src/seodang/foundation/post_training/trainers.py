@@ -23,7 +23,6 @@ from seodang.causal_lm import CausalLM, copy_tokenizer, load_tokenizer, quiet_tr
 from seodang.errors import InputError, WorkFailed
 from seodang.foundation.pretraining.experts import use_grouped_experts
 from seodang.progress import track
-from seodang.training.products import use_fast_products
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -68,7 +67,7 @@ def shared_arguments(
 def load(model: Artifact, folder: Path) -> CausalLM:
     """The model to train in float32: as the last checkpoint below ``folder`` has it, if there is.
 
-    Its products are those of pretraining, which on a CPU are faster than those of transformers.
+    Its experts are grouped as in pretraining, which is faster than as transformers has them.
 
     A resuming trainer reads the checkpoint itself, but by the names in memory and without minding
     what is missing: packed experts, which are saved one by one, would silently stay as they were.
@@ -77,7 +76,6 @@ def load(model: Artifact, folder: Path) -> CausalLM:
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     loaded = CausalLM.load(model.path if checkpoint is None else checkpoint)
     loaded.tokenizer = load_tokenizer(model.path)
-    use_fast_products(loaded.model)
     use_grouped_experts(loaded.model)
     return loaded
 
