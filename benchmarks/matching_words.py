@@ -1,4 +1,4 @@
-"""What matching words makes of the policy questions, which ask for a point by its name.
+"""What matching words makes of the policy questions of `recipes/customer_service`.
 
     python benchmarks/matching_words.py [--tasks runs/customer_service/tasks] [--language en]
 

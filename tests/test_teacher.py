@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seodang import causal_lm
-from seodang.artifact import Artifact, sha256_file
+from seodang.artifact import Artifact, Draft, begin, sha256_file
 from seodang.causal_lm import (
     CausalLM,
     length_batches,
@@ -126,11 +126,14 @@ def test_what_cannot_be_a_teacher_is_refused(directory: Path, tmp_path: Path, ca
 
 
 def test_an_unfinished_training_is_no_teacher(tmp_path: Path) -> None:
-    (tmp_path / "base" / "checkpoints").mkdir(parents=True)
+    draft = begin(tmp_path / "base", "pretrained", {}, {})
+    assert isinstance(draft, Draft)
     config = TeacherConfig(path=str(tmp_path / "base"))
-    with pytest.raises(InputError, match=r"base: holds the checkpoints .* has not ended"):
+    with pytest.raises(
+        InputError, match="base: holds a training that has not ended; run it to its end"
+    ):
         teacher_directory(config)
-    (tmp_path / "base" / "manifest.json").touch()
+    draft.finish()
     assert teacher_directory(config) == tmp_path / "base"
 
 

@@ -340,8 +340,10 @@ def questions(
                 answers = list(dict.fromkeys([*entries(shown), REFUSAL]))
                 if len(answers) < 3:  # too little to choose from
                     continue
-                group = "by its name" if named == point else "in other words"
-                group = "not in the document" if refused else group
+                if refused:
+                    group = "not in the document"
+                else:
+                    group = "by its name" if named == point else "in other words"
                 yield (
                     document,
                     example(

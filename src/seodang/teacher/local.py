@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from seodang.artifact import MANIFEST, Artifact, Source, begin
+from seodang.artifact import MANIFEST, WORK, Artifact, Source, begin
 from seodang.causal_lm import CausalLM, load_tokenizer, model_fingerprint, quiet_transformers
 from seodang.errors import InputError
 from seodang.packages import PackagePin, cache_directory, open_package
 from seodang.progress import say
 from seodang.recipe import TeacherConfig
-from seodang.training.loop import CHECKPOINTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,9 +110,9 @@ def teacher_directory(config: TeacherConfig) -> Path:
     if pin is None:
         assert config.path is not None
         directory = Path(config.path)
-        if (directory / CHECKPOINTS).is_dir() and not (directory / MANIFEST).exists():
+        if (directory / WORK).exists() and not (directory / MANIFEST).exists():
             raise InputError(
-                f"{directory}: holds the checkpoints of a training that has not ended; "
+                f"{directory}: holds a training that has not ended; "
                 "run it to its end, then name it as a teacher"
             )
         return directory

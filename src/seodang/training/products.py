@@ -2,8 +2,8 @@
 
 MKL does not use AVX-512 on processors that are not Intel's: on an AMD EPYC (Zen 5) the products of
 training take 2.2 times as long by it. oneDNN comes with PyTorch, but `torch.nn.functional.linear`
-does not use it for float32. A product of few rows, such as the next token of a few answers, is
-faster by MKL there too (``python benchmarks/products.py``).
+does not use it for float32. A product of few rows, such as the next token of a few answers, goes by
+MKL all the same: for narrow weights that is faster there too (``python benchmarks/products.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-FEW_ROWS = 16  # from so many on oneDNN is faster, whatever the weight's shape
+FEW_ROWS = 16  # from so many on oneDNN is faster for all but the narrowest weights
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
