@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 from typer.testing import CliRunner
 
 from seodang.artifact import Artifact
@@ -18,6 +20,7 @@ from seodang.causal_lm import CausalLM
 from seodang.cli import app
 from seodang.evaluation import responding
 from seodang.evaluation.comparison import Named, compare_models
+from seodang.evaluation.constrained import _grammar, answers_under_schema
 from seodang.evaluation.gate import check_metrics
 from seodang.evaluation.harness import HarnessModel
 from seodang.evaluation.responding import LocalModel, prompt_text, turn_end
@@ -133,6 +136,48 @@ def test_json_is_generated_under_its_schema_whatever_the_model(
     named = Task("cause", "json", task.examples, schema={**korean, "additionalProperties": False})
     for response in responding.respond(model, named):
         assert response.said in ('{"원인": "끼임"}', '{"원인": "추락"}')
+
+
+@pytest.mark.parametrize("family", ["llama", "axk1"])
+def test_what_a_schema_forces_is_read_at_once_with_the_same_answers(
+    family: str, tmp_path: Path
+) -> None:
+    model = CausalLM.load(save(tiny_model(family), tmp_path / "m"))
+    ids = model.tokenizer("the card was frozen at once by the bank, and the phone too")["input_ids"]
+    prompts = [np.array(ids[:length], np.int32) for length in (1, 12, 5, 3)]
+    passes = []
+    model.body.register_forward_hook(lambda *_: passes.append(1))
+    found = answers_under_schema(model, prompts, SCHEMA, 60)
+    assert len(passes) < max(map(len, found)) / 2
+    for prompt, said in zip(prompts, found, strict=True):
+        assert said == _plain_answer(model, prompt.tolist(), SCHEMA)
+        answer = json.loads(model.tokenizer.decode(said))
+        assert set(answer) == set(SCHEMA["properties"])
+    short = answers_under_schema(model, prompts, SCHEMA, 4)
+    assert short == [said[:4] for said in found]
+    only = {"const": "the card"}
+    forced = answers_under_schema(model, prompts[:2], only, 60)
+    assert [model.tokenizer.decode(said) for said in forced] == ['"the card"'] * 2
+    assert answers_under_schema(model, [], SCHEMA, 60) == []
+
+
+def _plain_answer(model: CausalLM, prompt: list[int], schema: dict[str, Any]) -> list[int]:
+    """The same from passes over everything, by what the library says of each token alone."""
+    known = from_tokenizer(model.tokenizer, n_vocab=model.vocab_size, eos_token=model.stop_ids)
+    matcher, said = LLMatcher(known, _grammar(schema)), []
+    while not matcher.is_stopped():
+        if not (forced := matcher.compute_ff_tokens()):
+            with torch.no_grad():
+                scores = model.model(torch.tensor([prompt + said])).logits[0, -1].clone()
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            possible = np.unpackbits(bits, bitorder="little")[: len(scores)]
+            scores[torch.from_numpy(possible == 0)] = -math.inf
+            forced = [int(scores.argmax())]
+            if forced[0] in model.stop_ids:
+                break
+        matcher.consume_tokens(forced)
+        said += forced
+    return said
 
 
 def test_a_longer_request_than_the_model_reads_is_cut_and_said(

@@ -272,7 +272,9 @@ def _was_ctrl_c(error: BaseException | None) -> bool:
     return False
 
 
-def left_padded(prompts: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(
+    prompts: Sequence[TokenIds | list[int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as int64 (number, longest), and where they are not padding."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)

@@ -20,7 +20,7 @@ import torch
 
 from seodang.causal_lm import CausalLM, TokenIds, left_padded, length_batches, pad, row_chunks
 from seodang.errors import WorkFailed
-from seodang.evaluation.constrained import SchemaConstraint
+from seodang.evaluation.constrained import answers_under_schema
 from seodang.evaluation.task_metrics import Response
 from seodang.evaluation.tasks import SPARE_TOKENS, Task
 from seodang.progress import say, track
@@ -265,25 +265,17 @@ def greedy_answers(
 def _generate(
     model: CausalLM, prompts: Sequence[TokenIds], limit: int, schema: dict[str, Any] | None
 ) -> list[str]:
-    stop = model.stop_ids
-    processors = []
+    out: Any
     if schema is not None:
-        constraint = SchemaConstraint(
-            schema,
-            model.tokenizer,
-            vocab_size=model.vocab_size,
-            stop=stop,
-            prompt_length=max(len(prompt) for prompt in prompts),
-            rows=len(prompts),
+        out = answers_under_schema(model, prompts, schema, limit)
+    else:
+        stop = model.stop_ids
+        out = model.generate(
+            prompts,
+            do_sample=False,
+            max_new_tokens=limit,
+            eos_token_id=stop or None,
+            pad_token_id=stop[0] if stop else 0,
         )
-        processors.append(constraint)
-    out_BT = model.generate(
-        prompts,
-        processors,
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=stop or None,
-        pad_token_id=stop[0] if stop else 0,
-    )
-    said = model.tokenizer.batch_decode(out_BT, skip_special_tokens=True)
+    said = model.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [str(text).strip() for text in said]
