@@ -14,17 +14,29 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
-from make_tasks import DEPTH, Collection, Search
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from lexical import RECIPE, libreoffice, portone, split_queries
-from seodang.corpus.task_writing import open_packages
-from seodang.evaluation.statistics import difference, mean_of
-from seodang.evaluation.task_metrics import AT, ranking_metrics
-from seodang.lexical_search import letter_pairs
+RECIPE = Path(__file__).parent.parent / "recipes" / "enterprise_search"
+sys.path.insert(0, str(RECIPE))
+
+from make_tasks import (  # noqa: E402
+    DEPTH,
+    Collection,
+    Search,
+    libreoffice,
+    portone,
+    split_queries,
+)
+
+from seodang.corpus.task_writing import open_packages  # noqa: E402
+from seodang.evaluation.statistics import difference, mean_of  # noqa: E402
+from seodang.evaluation.task_metrics import AT, ranking_metrics  # noqa: E402
+from seodang.lexical_search import letter_pairs  # noqa: E402
 
 PARTS = {"title": 0, "beginning": 250, "text": 4000}  # characters
 
@@ -91,7 +103,11 @@ def main() -> None:
                 seen.append(rows[kept])
                 right += [page in answers[query] for page in pages if page in known]
         trees = HistGradientBoostingClassifier(
-            max_iter=150, learning_rate=0.05, max_leaf_nodes=8, l2_regularization=1.0
+            max_iter=150,
+            learning_rate=0.05,
+            max_leaf_nodes=8,
+            l2_regularization=1.0,
+            early_stopping=False,
         ).fit(np.concatenate(seen), right)
         for side in ("validation", "held-out"):
             found = []
