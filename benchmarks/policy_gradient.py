@@ -20,6 +20,7 @@ import torch
 from seodang.artifact import Artifact
 from seodang.causal_lm import CausalLM, row_chunks
 from seodang.foundation.post_training.fine_tuning import prompt
+from seodang.foundation.post_training.policy_optimization import in_turns
 from seodang.foundation.post_training.problem import MODES, Mode
 from seodang.foundation.post_training.reasoning_data import Problem, read_problems
 from seodang.foundation.post_training.rewards import reward
@@ -42,7 +43,7 @@ def main() -> None:
     model = CausalLM.load(options.run / "overlap")
     use_grouped_experts(model.model)
     data = Artifact.open(options.run / "data")
-    problems = read_problems(data, "train")[-options.problems :]
+    problems = in_turns(read_problems(data, "train"), options.problems)
     held_out = read_problems(data, "held-out")
 
     said = Answers(model, problems, options.mode, options.answers, options.max_new_tokens)

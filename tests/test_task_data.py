@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -158,7 +159,16 @@ def test_what_is_made_is_labelled_so_and_what_is_real_is_verbatim(trade):
             )
         requests = sides(out, "routing", "choice")[1]
         assert sum(asked.group == "shop" for asked in requests) > 50
-        assert not any(e.synthetic for e in requests if e.group in ("shop", "airline", "telecom"))
+        learned, measured = (
+            [asked for asked in side if asked.group == "bank"]
+            for side in sides(out, "routing", "choice")
+        )
+        package = open_package(read_pins(RECIPES / name / "packages.yaml")[1])
+        packed = package.read("inspect_evals/tau2/data/domains/banking_knowledge/documents.json.gz")
+        titles = {record["title"] for record in json.loads(gzip.decompress(packed))}
+        assert len(measured) > 150
+        assert {user_text(e) for e in measured if not e.synthetic} <= titles
+        assert not {user_text(e) for e in learned if not e.synthetic} <= titles
     if name == "manufacturing":
         archive = open_package(read_pins(RECIPES / name / "packages.yaml")[2])
         alerts = archive.read("safety_law_mapper/data/incidents/kosha-alerts.jsonl").decode()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ from seodang.foundation.post_training.fine_tuning import (
     example,
     prompt,
 )
-from seodang.foundation.post_training.policy_optimization import optimize_policy, reward_functions
+from seodang.foundation.post_training.policy_optimization import (
+    in_turns,
+    optimize_policy,
+    reward_functions,
+)
 from seodang.foundation.post_training.problem import MODES
 from seodang.foundation.post_training.reasoning_data import (
     build_reasoning_data,
@@ -213,6 +218,19 @@ def test_answers_too_many_for_one_pass_teach_the_same(
         torch.isclose(one[name], four[name], rtol=0, atol=1e-5).float().mean() for name in moved
     ]
     assert min(same) > 0.98
+
+
+def test_a_policy_is_asked_every_task_alike_however_rare(data: Artifact) -> None:
+    known = read_problems(data, "train")[0]
+    rare = [replace(known, task="aiw", question=f"rare {n}") for n in range(3)]
+    common = [replace(known, task="chain_sum", question=f"sum {n}") for n in range(40)]
+    asked = in_turns([*rare, *common], 8)
+    assert [problem.task for problem in asked[:6]] == ["aiw", "chain_sum"] * 3
+    assert [p.question for p in asked if p.task == "chain_sum"] == [
+        f"sum {n}" for n in range(39, 34, -1)
+    ]
+    assert len(in_turns([*rare, *common], 100)) == 43
+    assert in_turns([], 8) == []
 
 
 def test_the_reward_rises(answering: Artifact, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ Two tasks of a contact centre:
 
 - ``routing`` (choice): which desk, or which tool, is a request for? In Korean, what merchants look
   for in PortOne's help centre (titles, headings and search tags of its documents) and the desk that
-  answers for the document's category. In English, the titles of a bank's help documents and its
-  departments; and requests of a shop, an airline and a telecom operator and their tools: those of
-  tau2-bench's tasks are held out, those to train on are made (``wording.yaml``). Documents are on
-  one side only. Half of the tags and titles are put into a made sentence, and so is labelled.
+  answers for the document's category. In English, the titles of a bank's help documents (to train
+  on also with one of their headings) and its departments; and requests of a shop, an airline and a
+  telecom operator and their tools: those of tau2-bench's tasks are held out, those to train on are
+  made (``wording.yaml``). Documents are on one side only. Half of the tags and titles are put into
+  a made sentence, and so is labelled.
 - ``policy`` (answer): a passage of a help document and a question about one point of it. Questions
   are made from what a document lists (point, then its value); the answer is the value as it stands
   there, or ``NO_ANSWER`` where the passage, of the same document, does not hold it. To choose from
@@ -71,6 +72,7 @@ ANSWER = {
     "en": f"Answer in the document's words. If it does not say, answer {REFUSAL}.",
 }
 HELD_OUT_EVERY = 5  # every fifth document of a desk
+ROUTED_HELD_OUT_EVERY = 3  # of the bank's, of which a request each is measured
 PASSAGE = 320  # characters
 ASKED = 2  # times that a point is asked for, in other words or of another passage
 OTHER_WORDS = 0.7  # of the English questions
@@ -98,13 +100,16 @@ def main() -> None:
     tau2 = packages["inspect_evals"]
     korean = split_by_desk(portone_documents(packages["portone-mcp-server"], wording["desks"]))
     english = split_by_desk(bank_documents(tau2))
+    routed_english = split_by_desk(bank_documents(tau2), ROUTED_HELD_OUT_EVERY)
     if options.quick:
-        korean, english = korean[::5], english[::5]
+        korean, english, routed_english = korean[::5], english[::5], routed_english[::5]
     draw = random.Random("routing")
     desks = list(wording["desks"])
     routed = [
         *document_requests(korean, desks, wording["ko"], "ko", PORTONE, draw),
-        *document_requests(english, list(DEPARTMENTS.values()), wording["en"], "en", BANK, draw),
+        *document_requests(
+            routed_english, list(DEPARTMENTS.values()), wording["en"], "en", BANK, draw
+        ),
     ]
     train = [asked for asked, held_out in routed if not held_out]
     held_out = [asked for asked, held_out in routed if held_out]
@@ -155,8 +160,8 @@ def bank_documents(package: Package) -> list[HelpDocument]:
     return found
 
 
-def split_by_desk(documents: list[HelpDocument]) -> list[HelpDocument]:
-    """The documents with their side: of every desk every fifth, in the order of a fixed draw."""
+def split_by_desk(documents: list[HelpDocument], every: int = HELD_OUT_EVERY) -> list[HelpDocument]:
+    """The documents with their side: of every desk one of ``every``, in the order of a draw."""
     by_desk: dict[str, list[HelpDocument]] = defaultdict(list)
     for document in documents:
         by_desk[document.category].append(document)
@@ -164,7 +169,7 @@ def split_by_desk(documents: list[HelpDocument]) -> list[HelpDocument]:
     for desk, members in sorted(by_desk.items()):
         random.Random(desk).shuffle(members)
         for number, document in enumerate(members):
-            held_out = number % HELD_OUT_EVERY == 2
+            held_out = number % every == 2
             sided.append(HelpDocument(**{**document.__dict__, "held_out": held_out}))
     return sided
 
@@ -207,8 +212,14 @@ def document_requests(
 
 
 def headed(document: HelpDocument) -> Iterator[str]:
-    """The document's title with each of its headings, as the subject of a request."""
-    headings = re.findall(r"^#{2,6} +(.+)$", document.text, re.M) if document.tags else []
+    """The document's title with its headings, as the subject of a request.
+
+    Those of a document that tags lead to; of another, which only its title stands for, the last
+    one, and none where it is measured: what is measured shall be of different documents.
+    """
+    headings = re.findall(r"^#{2,6} +(.+)$", document.text, re.M)
+    if not document.tags:
+        headings = [] if document.held_out else headings[-1:]
     for heading in headings[:12]:
         text = re.sub(r"^[\W\d]+|[^\w)?!%]+$", "", heading)
         if len(text) > 1 and text != document.title:

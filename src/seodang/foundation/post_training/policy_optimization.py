@@ -14,6 +14,9 @@ format reward punishes).
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,8 @@ def optimize_policy(
 ) -> Artifact:
     """Reinforce ``model`` on problems that it has not been fine-tuned on last, into ``out``.
 
-    Instructions are the training part's, from its end. Resumes what ``out`` holds, with the same
-    result as if it had never stopped.
+    Instructions are the training part's, from its end, of all tasks and languages alike. Resumes
+    what ``out`` holds, with the same result as if it had never stopped.
 
     Raises ``InputError`` if TRL is not installed or the model cannot be loaded.
     """
@@ -57,7 +60,7 @@ def optimize_policy(
         from trl.trainer.grpo_config import GRPOConfig
         from trl.trainer.grpo_trainer import GRPOTrainer
     loaded = load(model, draft.path)
-    problems = read_problems(data, "train")[-policy.rounds * policy.instructions :]
+    problems = in_turns(read_problems(data, "train"), policy.rounds * policy.instructions)
     asked = [(problem, mode) for problem in problems for mode in MODES]
     rows = [
         {"prompt": prompt(problem, mode, loaded.tokenizer), "number": number}
@@ -97,6 +100,19 @@ def optimize_policy(
     fit(trainer, loaded, draft, "Reinforcement learning", arguments.max_steps)
     copy_tokenizer(model.path, draft.path)
     return finish(draft, data, {"instructions": len(problems), "answers": batch * policy.rounds})
+
+
+def in_turns(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """At most ``count`` of the last ``problems``, every task in every language in turn.
+
+    No question comes twice, so the end of a long list holds few of the tasks whose worlds are
+    small; a policy that is not asked them any more unlearns them.
+    """
+    of_task: dict[tuple[str, str], list[Problem]] = defaultdict(list)
+    for problem in reversed(problems):
+        of_task[problem.task, problem.language].append(problem)
+    turns = zip_longest(*(of_task[key] for key in sorted(of_task)))
+    return [problem for turn in turns for problem in turn if problem is not None][:count]
 
 
 def reward_functions(asked: list[tuple[Problem, Mode]], eos: int) -> list[Any]:
