@@ -102,7 +102,23 @@ def test_a_better_student_still_passes(
 @given(_values(), st.sampled_from(NAMES))
 def test_an_equal_student_beats_nothing(values: dict[str, Any], baseline: BaselineName) -> None:
     result = check({"student": values, baseline: values}, GateConfig(beats={baseline: Margins()}))
-    assert [item["passed"] for item in result["checks"]] == [False, False]
+    nothing_above = values["top1_agreement"] == 1.0
+    assert [item["passed"] for item in result["checks"]] == [False, nothing_above]
+    assert not result["passed"]
+
+
+def test_where_nothing_can_be_better_as_good_is_enough() -> None:
+    values = {
+        "student": {"kl": 0.001, "top1_agreement": 1.0},
+        "cross_entropy": {"kl": 0.011, "top1_agreement": 1.0},
+    }
+    config = GateConfig(beats={"cross_entropy": Margins()})
+    assert check(values, config)["passed"]
+    values["student"]["top1_agreement"] = 0.99
+    assert not check(values, config)["passed"]
+    values["student"]["top1_agreement"] = 1.0
+    unreachable = GateConfig(beats={"cross_entropy": Margins(top1_agreement=0.01)})
+    assert not check(values, unreachable)["passed"]
 
 
 def test_limits_are_inclusive_and_margins_strict() -> None:

@@ -93,8 +93,9 @@ def check(metrics_models: Models, config: GateConfig) -> GateResult:
 
     ``metrics_models`` is ``models`` of metrics.json: KL in nats per token, agreement in [0, 1].
     ``max_kl`` and ``min_top1_agreement`` are inclusive. For each baseline in ``beats`` the
-    student's KL must be strictly below the baseline's minus the margin, and its top-1 agreement
-    strictly above the baseline's plus the margin: a student equal to a baseline never beats it.
+    student's KL must be strictly below the baseline's minus the margin, so that a student equal to
+    a baseline never beats it, and its top-1 agreement strictly above the baseline's plus the
+    margin; where that sum is 1, which nothing can be above, it must be 1.
 
     Whatever was not measured, or is NaN or infinite, fails its check. A gate that asks for
     nothing gives ``passed`` true and no ``checks``.
@@ -112,7 +113,8 @@ def check(metrics_models: Models, config: GateConfig) -> GateResult:
         below = _above(measured(metrics_models, baseline, "kl"), -margins.kl)
         above = _above(measured(metrics_models, baseline, "top1_agreement"), margins.top1_agreement)
         checks.append(_check(f"beats.{baseline}.kl", kl, "<", below))
-        checks.append(_check(f"beats.{baseline}.top1_agreement", agreement, ">", above))
+        how: Comparison = ">=" if above == 1.0 else ">"
+        checks.append(_check(f"beats.{baseline}.top1_agreement", agreement, how, above))
     return _result(checks)
 
 
