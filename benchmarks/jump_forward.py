@@ -4,8 +4,8 @@
 
 Seodang reads what the schema forces together with the next token to choose. The rival generates as
 transformers does, with a logits processor that leaves the possible tokens (llguidance's, the same).
-Prints how often both say the same, the passes of one batch, and the ratio of their times, taken in
-turns.
+Prints how often both say the same, the passes of one batch, and the ratio of their processor times,
+taken in turns.
 """
 
 from __future__ import annotations
