@@ -1,6 +1,6 @@
 """How much can any ranker gain over the lexical search that the search recipe starts from?
 
-    python benchmarks/learned_ranking.py
+    OMP_NUM_THREADS=1 python benchmarks/learned_ranking.py
 
 Gradient-boosted trees (scikit-learn) rank the twenty candidates of a query by what words can tell:
 the search's scores and places, TF-IDF over runs of letters in title, beginning and text, exact
@@ -28,8 +28,7 @@ from make_tasks import (  # noqa: E402
     DEPTH,
     Collection,
     Search,
-    libreoffice,
-    portone,
+    learned_collections,
     split_queries,
 )
 
@@ -84,16 +83,10 @@ class Features:
 
 def main() -> None:
     packages = open_packages(RECIPE / "packages.yaml")
-    for collection, of_train, of_held_out in (
-        (libreoffice(packages["libreoffice-help-ko"], "ko"), 1300, 150),
-        (portone(packages["portone-mcp-server"]), 700, 110),
-        (libreoffice(packages["libreoffice-help-en-us"], "en"), 2000, 250),
-    ):
+    for collection, of_train, of_held_out in learned_collections(packages):
         features = Features(collection)
         sides = split_queries(collection, of_train, of_held_out)
-        answers = {
-            query: collection.answers[query] for queries in sides.values() for query in queries
-        }
+        answers = collection.answers
         known = set().union(*(answers[query] for query in sides["train"]))
         seen, right = [], []
         for query in sides["train"]:

@@ -18,7 +18,7 @@ import numpy as np
 RECIPE = Path(__file__).parent.parent / "recipes" / "enterprise_search"
 sys.path.insert(0, str(RECIPE))
 
-from make_tasks import Search, libreoffice, portone, split_queries  # noqa: E402
+from make_tasks import Search, learned_collections, split_queries  # noqa: E402
 
 from seodang.corpus.task_writing import open_packages  # noqa: E402
 from seodang.evaluation.task_metrics import AT, ranking_metrics  # noqa: E402
@@ -28,12 +28,7 @@ WEIGHTS = [0.0, 0.25, 0.5, 1.0, 2.0]
 
 def main() -> None:
     packages = open_packages(RECIPE / "packages.yaml")
-    collections = [
-        (libreoffice(packages["libreoffice-help-en-us"], "en"), 2000, 250),
-        (libreoffice(packages["libreoffice-help-ko"], "ko"), 1300, 150),
-        (portone(packages["portone-mcp-server"]), 700, 110),
-    ]
-    for collection, of_train, of_held_out in collections:
+    for collection, of_train, of_held_out in learned_collections(packages):
         search = Search(collection)
         sides = split_queries(collection, of_train, of_held_out)
         for side, queries in sides.items():

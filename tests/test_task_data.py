@@ -157,11 +157,11 @@ def test_what_is_made_is_labelled_so_and_what_is_real_is_verbatim(trade):
             assert all(
                 choice in passage(asked) or choice == "NO_ANSWER" for choice in asked.choices
             )
-        requests = sides(out, "routing", "choice")[1]
+        known, requests = sides(out, "routing", "choice")
         assert sum(asked.group == "shop" for asked in requests) > 50
+        assert not any(e.synthetic for e in requests if e.group in ("shop", "airline", "telecom"))
         learned, measured = (
-            [asked for asked in side if asked.group == "bank"]
-            for side in sides(out, "routing", "choice")
+            [asked for asked in side if asked.group == "bank"] for side in (known, requests)
         )
         package = open_package(read_pins(RECIPES / name / "packages.yaml")[1])
         packed = package.read("inspect_evals/tau2/data/domains/banking_knowledge/documents.json.gz")

@@ -24,7 +24,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,11 +77,7 @@ def main() -> None:
     share = 8 if options.quick else 1
     packages = open_packages(HERE / "packages.yaml")
     tasks = {
-        "relevance": [
-            (libreoffice(packages["libreoffice-help-ko"], "ko"), 1300, 150),
-            (portone(packages["portone-mcp-server"]), 700, 110),
-            (libreoffice(packages["libreoffice-help-en-us"], "en"), 2000, 250),
-        ],
+        "relevance": learned_collections(packages),
         "bank_relevance": [(bank(packages["inspect_evals"]), 0, 90)],
     }
     for name, collections in tasks.items():
@@ -105,6 +101,15 @@ def main() -> None:
             write_lines(options.out / f"{name}.validation.first-stage.jsonl", ranked.rankings)
             pairs = [pair.model_dump(exclude_none=True) for pair in ranked.pairs]
             write_lines(options.out / f"{name}.validation.jsonl", pairs)
+
+
+def learned_collections(packages: Mapping[str, Package]) -> list[tuple[Collection, int, int]]:
+    """What is trained on, with the number of queries to train on and to hold out."""
+    return [
+        (libreoffice(packages["libreoffice-help-ko"], "ko"), 1300, 150),
+        (portone(packages["portone-mcp-server"]), 700, 110),
+        (libreoffice(packages["libreoffice-help-en-us"], "en"), 2000, 250),
+    ]
 
 
 def libreoffice(package: Package, language: Language) -> Collection:

@@ -48,7 +48,7 @@ def answers_under_schema(
     between its own; a sliding window counts that too, and so holds a few tokens less.
     Raises ``ValueError`` for a schema that cannot be made a grammar.
     """
-    matchers = _matchers(model, schema, len(prompts))
+    matchers, stop = _matchers(model, schema, len(prompts)), model.stop_ids
     said = [_forced(matcher) for matcher in matchers]
     rows = [row for row, matcher in enumerate(matchers) if not matcher.is_stopped()]
     unread, cache = [[*prompts[row], *said[row]] for row in rows], None
@@ -71,7 +71,7 @@ def answers_under_schema(
         going, unread = [], []
         for place, token in enumerate(scores_RV.argmax(1).tolist()):
             row = rows[place]
-            if token in model.stop_ids:
+            if token in stop:
                 continue
             new = [token, *_forced(matchers[row], token)]
             said[row] += new
