@@ -297,6 +297,7 @@ def test_a_shape_that_cannot_be_is_refused_by_its_key(models, teacher, model, sh
         ("qwen3", {"hidden_size": 41, "heads": 3}),
         ("axk1", {"experts": 6, "heads": 5, "reduce_experts": "merge"}),
         ("weightless", {"start": "scratch"}),
+        ("llama", {"start": "embeddings", "layers": 1}),
         ("gpt2", {}),
     ],
 )
@@ -318,9 +319,39 @@ def test_an_a_x_k1_teacher_has_a_dense_llama_as_student(models):
         check_start(models / "axk1", config.model_copy(update={"heads": 5}))
 
 
+def test_random_layers_of_another_architecture_may_stand_on_the_teachers_embeddings(models):
+    teacher = models / "axk1"
+    config = StudentConfig(start="embeddings", architecture="llama", layers=2, heads=4)
+    check_start(teacher, config)
+    choice = choose_start(teacher, None, config)
+    assert choice == {"start": "embeddings"}
+    student = build_start(teacher, config, choice)
+    known = CausalLM.load(teacher).model.get_input_embeddings().weight
+    assert student.config.model_type == "llama"
+    assert torch.equal(student.get_input_embeddings().weight, known)
+    assert not torch.equal(
+        student.get_input_embeddings().weight,
+        build_start(teacher, config, {"start": "scratch"}).get_input_embeddings().weight,
+    )
+    with pytest.raises(InputError, match=r"student.hidden_size is 96.*embeddings.*width, 48"):
+        check_start(teacher, config.model_copy(update={"hidden_size": 96}))
+
+
+def test_an_output_head_of_its_own_is_taken_over_too(tmp_path, teacher):
+    directory = save(tiny_model("llama", tie_word_embeddings=False), tmp_path / "m")
+    config = StudentConfig(start="embeddings", path=str(directory), layers=1)
+    check_start(teacher, config)
+    student = build_start(teacher, config, {"start": "embeddings"})
+    model = CausalLM.load(directory).model
+    assert torch.equal(student.lm_head.weight[:600], model.lm_head.weight[:600])
+    assert not torch.equal(student.lm_head.weight, student.model.embed_tokens.weight)
+    for name, weight in student.model.layers[0].mlp.named_parameters():
+        assert not torch.equal(weight, model.model.layers[0].mlp.get_parameter(name))
+
+
 @pytest.mark.parametrize("other", [{"start": "pruned"}, {"path": "m"}, {"experts": 4}])
 def test_another_architecture_has_no_weights_to_start_from(other):
-    with pytest.raises(ValueError, match="`architecture` is for random weights"):
+    with pytest.raises(ValueError, match="`architecture` is for random layers"):
         StudentConfig(**{"start": "scratch", "architecture": "llama", **other})
 
 

@@ -294,8 +294,10 @@ class OnPolicyConfig(Section):
 class StudentShape(Section):
     """Where the student starts, and what is kept of it."""
 
-    start: Literal["pruned", "scratch"] = Field(
-        "pruned", description="with the weights of the model it is cut from, or random ones"
+    start: Literal["pruned", "embeddings", "scratch"] = Field(
+        "pruned",
+        description="with the weights of the model it is cut from, with its embeddings alone, or "
+        "with none of them",
     )
     path: str | None = Field(
         None,
@@ -303,7 +305,7 @@ class StudentShape(Section):
         "(default: the teacher)",
     )
     architecture: Literal["llama"] | None = Field(
-        None, description="of a student from scratch (default: that of the model it starts from)"
+        None, description="of random layers (default: that of the model it starts from)"
     )
     layers: int | None = Field(None, gt=0, description="layers that are kept (default: all)")
     hidden_size: int | None = Field(None, gt=0, description="width that is kept")
@@ -317,10 +319,10 @@ class StudentShape(Section):
 
     @model_validator(mode="after")
     def _other_architectures_have_no_weights(self) -> Self:
-        if self.architecture and (self.start != "scratch" or self.path or self.experts):
+        if self.architecture and (self.start == "pruned" or self.path or self.experts):
             raise ValueError(
-                "`architecture` is for random weights: set `start: scratch`, and neither `path` "
-                "nor `experts`"
+                "`architecture` is for random layers: set `start: embeddings` or `scratch`, and "
+                "neither `path` nor `experts`"
             )
         return self
 

@@ -79,7 +79,7 @@ def check_shape(source: PretrainedConfig, config: StudentConfig) -> None:
     """Raise ``InputError`` if a model of this architecture cannot have the recipe's shape."""
     settings = source.to_dict()
     kind = source.model_type
-    if config.reduce_experts == "merge" and (config.experts is None or config.start == "scratch"):
+    if config.reduce_experts == "merge" and (config.experts is None or config.start != "pruned"):
         raise InputError(
             "student.reduce_experts: merge needs student.experts, the number to keep, and weights "
             "to average: student.start: pruned"

@@ -49,12 +49,18 @@ def check_start(teacher: Path, config: StudentConfig) -> None:
     source = _source(teacher, config)
     if config.path:
         check_same_tokenizer(teacher, start)
-        if config.start == "pruned" and not any(start.glob("*.safetensors")):
+        if config.start != "scratch" and not any(start.glob("*.safetensors")):
             raise InputError(
                 f"student.path {start}: no weights (*.safetensors); save them there, or start "
                 "with random ones: student.start: scratch"
             )
     check_shape(source, config)
+    width_given = _config_of(start, "student.path" if config.path else "teacher").hidden_size
+    if config.start == "embeddings" and source.hidden_size != width_given:
+        raise InputError(
+            f"student.hidden_size is {source.hidden_size}: a student that starts with the "
+            f"embeddings of a model has their width, {width_given}"
+        )
     if config.vocabulary is not None:
         check_vocabulary(teacher, config.vocabulary)
     try:
@@ -71,8 +77,8 @@ def choose_start(teacher: Path, store: SoftLabelStore, config: StudentConfig) ->
     say of the layers kept. Deterministic; loads the model in float32 on the CPU if there is
     anything to choose.
     """
-    if config.start == "scratch":
-        return {"start": "scratch"}
+    if config.start != "pruned":
+        return {"start": config.start}
     source = _source(teacher, config)
     keep = config.layers or source.num_hidden_layers
     choice: dict[str, Any] = {"start": "pruned", "kept_layers": list(range(keep))}
@@ -100,8 +106,11 @@ def build_start(teacher: Path, config: StudentConfig, choice: Mapping[str, Any])
     """
     from transformers import AutoModelForCausalLM
 
-    if choice["start"] == "scratch":
-        return _random(teacher, config)
+    if choice["start"] != "pruned":
+        student = _random(teacher, config)
+        if choice["start"] == "embeddings":
+            _copy_embeddings(_load(teacher, config), student)
+        return student
     full: PreTrainedModel = _load(teacher, config)
     shape = student_config(full.config, config, choice["kept_layers"])
     if shape.to_dict() == full.config.to_dict():
@@ -133,6 +142,13 @@ def _random(teacher: Path, config: StudentConfig) -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(start, local_files_only=True)
     CausalLM(model.eval(), load_tokenizer(teacher)).check_head_is_linear(start)
     return model  # type: ignore[no-any-return]
+
+
+def _copy_embeddings(source: Any, student: Any) -> None:
+    """Give ``student`` the embeddings of ``source``, of the output too if it has them apart."""
+    with torch.no_grad():
+        student.get_output_embeddings().weight.copy_(source.get_output_embeddings().weight)
+        student.get_input_embeddings().weight.copy_(source.get_input_embeddings().weight)
 
 
 def _source(teacher: Path, config: StudentConfig) -> PretrainedConfig:
