@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import LogitsProcessor
 
-from seodang.causal_lm import CausalLM, TokenIds, length_batches
+from seodang.causal_lm import CausalLM, TokenIds, left_padded, length_batches
 from seodang.progress import track
 from seodang.softlabels.estimators import draw
 
 BATCH_TOKENS = 8192  # of prompts and answers that are in the cache at a time
+STAYING = 7 / 8  # of a batch: where fewer of its answers go on, the others leave it
 
 
 def sample(
@@ -40,40 +40,56 @@ def sample(
         token ids (length,) int32, at least one each.
     """
     steps = len(uniforms[0]) if uniforms else 0
-    stop = model.stop_ids
     answers: list[TokenIds] = [np.empty(0, np.int32)] * len(prompts)
     lengths = [len(prompt) + steps for prompt in prompts]
     with track("Generating answers", len(prompts), "answers") as advance:
         for batch in length_batches(lengths, BATCH_TOKENS):
-            longest = max(len(prompts[index]) for index in batch)
-            drawing = _Draw(longest, np.stack([uniforms[index] for index in batch]), temperature)
-            drawn_BT = model.generate(
-                [prompts[index] for index in batch],
-                [drawing],
-                do_sample=False,
-                max_new_tokens=steps,
-                eos_token_id=stop or None,
-                pad_token_id=stop[0] if stop else 0,
-            )
-            for index, drawn_T in zip(batch, drawn_BT.numpy().astype(np.int32), strict=True):
-                ends = np.flatnonzero(np.isin(drawn_T, stop))
-                answers[index] = drawn_T[: ends[0] + 1] if len(ends) else drawn_T
+            numbers_BT = np.stack([uniforms[index] for index in batch])
+            some = sample_batch(model, [prompts[i] for i in batch], numbers_BT, temperature)
+            for index, answer in zip(batch, some, strict=True):
+                answers[index] = answer
             advance(len(batch))
     return answers
 
 
-class _Draw(LogitsProcessor):
-    """Leaves one token possible: the one that a row's number of this step draws."""
+def sample_batch(
+    model: CausalLM,
+    prompts: Sequence[TokenIds],
+    uniforms_BT: npt.NDArray[np.float64],
+    temperature: float,
+) -> list[TokenIds]:
+    """As :func:`sample`, all answers in one batch; ``uniforms_BT`` has a row for each prompt.
 
-    def __init__(
-        self, prompt_length: int, uniforms_BT: npt.NDArray[np.float64], temperature: float
-    ) -> None:
-        self.prompt_length = prompt_length
-        self.uniforms_BT = uniforms_BT
-        self.temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt_length
-        p_BV = torch.softmax(scores.float() / self.temperature, dim=-1)
-        drawn_B1 = torch.from_numpy(draw(p_BV, self.uniforms_BT[:, step : step + 1]))
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1.to(scores.device), 0.0)
+    Answers that have ended leave the batch once they are a good part of it.
+    """
+    stop = set(model.stop_ids)
+    said: list[list[int]] = [[] for _ in prompts]
+    rows = np.arange(len(prompts))  # of the batch, as prompts
+    ids_RT, mask_RL = left_padded(prompts)
+    going, cache = np.ones(len(rows), bool), None
+    for uniform_B in uniforms_BT.T:
+        places_RT = (mask_RL.cumsum(1) - 1)[:, -ids_RT.shape[1] :].clamp(min=0)
+        with torch.no_grad():
+            read = model.body(
+                ids_RT.to(model.device),
+                attention_mask=mask_RL.to(model.device),
+                position_ids=places_RT.to(model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = read.past_key_values
+            p_RV = torch.softmax(model.logits(read.last_hidden_state[:, -1]) / temperature, -1)
+        drawn_R = draw(p_RV, uniform_B[rows, None])[:, 0]
+        for place in np.flatnonzero(going):
+            said[rows[place]].append(int(drawn_R[place]))
+            going[place] = drawn_R[place] not in stop
+        if not going.any():
+            break
+        if going.mean() < STAYING:
+            kept = torch.from_numpy(np.flatnonzero(going))
+            cache.batch_select_indices(kept.to(model.device))
+            rows, drawn_R, mask_RL = rows[going], drawn_R[going], mask_RL[kept]
+            going = going[going]
+        ids_RT = torch.from_numpy(drawn_R)[:, None]
+        mask_RL = torch.cat([mask_RL, torch.ones(len(rows), 1, dtype=mask_RL.dtype)], 1)
+    return [np.array(ids, np.int32) for ids in said]
