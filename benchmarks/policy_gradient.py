@@ -1,135 +1,166 @@
-"""Is there anything for reinforcement learning to follow, and how far?
+"""What there is for reinforcement learning to follow, and in which of the weights.
 
     python benchmarks/policy_gradient.py runs/nano/post-training
 
-Asks `overlap`, the model that reinforcement learning starts from, training problems several times
-in one mode, and takes the policy gradient of all answers: their log-probabilities times what they
-earned beyond the others of their problem. Prints how well the gradients of two halves of the
-problems agree (their cosine: 0 is noise), and the reward on held-out problems after steps of some
-lengths along the gradient, and against it.
+Asks `overlap`, the model that reinforcement learning starts from, held-out problems at three
+temperatures, and compares the slope of the reward with what the policy gradient of the answers at
+temperature 1 says of it: they must agree, or something is wrong. Then it asks training problems,
+a batch after the other, and prints how well the gradients of two batches agree (their cosine, a
+mean over all pairs: 0 is noise) in all weights, and in the gains of the norms alone.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from seodang.artifact import Artifact
-from seodang.causal_lm import CausalLM, row_chunks
+from seodang.causal_lm import CausalLM, length_batches
 from seodang.foundation.post_training.fine_tuning import prompt
 from seodang.foundation.post_training.policy_optimization import in_turns
+from seodang.foundation.post_training.policy_trainer import token_log_probs
 from seodang.foundation.post_training.problem import MODES, Mode
 from seodang.foundation.post_training.reasoning_data import Problem, read_problems
 from seodang.foundation.post_training.rewards import reward
 from seodang.foundation.pretraining.experts import use_grouped_experts
+from seodang.student.generate import sample_batch
 
-AT_ONCE = 64  # answers of one forward pass
+AT_ONCE_TOKENS = 32_768  # of prompts and answers in the cache
+AT_ONCE = 128  # answers of one backward pass
+SCALE = 1.25  # by which the logits are multiplied, or divided
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--mode", choices=MODES, default="think")
-    parser.add_argument("--problems", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--problems", type=int, default=64, help="of a batch")
     parser.add_argument("--answers", type=int, default=8, help="to each problem")
-    parser.add_argument("--held-out-answers", type=int, default=2, help="to each problem")
-    parser.add_argument("--steps", type=float, nargs="*", default=[-0.05, 0.05, 0.15])
     parser.add_argument("--max-new-tokens", type=int, default=96)
     options = parser.parse_args()
 
     model = CausalLM.load(options.run / "overlap")
     use_grouped_experts(model.model)
     data = Artifact.open(options.run / "data")
-    problems = in_turns(read_problems(data, "train"), options.problems)
     held_out = read_problems(data, "held-out")
+    asked = (options.mode, options.answers, options.max_new_tokens)
+    at_one = Answers(model, held_out, *asked)
+    for factor in (1 / SCALE, SCALE):
+        found = Answers(model, held_out, *asked, temperature=1 / factor)
+        slope = (found.rewards.mean() - at_one.rewards.mean()) / (factor - 1)
+        print(f"logits times {factor:.2f}: {found}; {slope:+.2f} a unit from where they are")
+    print(f"logits as they are: {at_one}")
+    by_answer = at_one.advantages.reshape(-1) * logit_scores(model, at_one)
+    by_answer *= options.answers / (options.answers - 1)  # an answer is part of its own baseline
+    error = by_answer.std() / np.sqrt(len(by_answer))
+    print(f"slope by the policy gradient: {by_answer.mean():+.2f} +- {error:.2f}", flush=True)
 
-    said = Answers(model, problems, options.mode, options.answers, options.max_new_tokens)
-    advantages = said.rewards - said.rewards.mean(axis=1, keepdims=True)
-    differ = (advantages != 0).any(axis=1).mean()
-    print(f"{options.mode}: {said}; they differ for {differ:.0%} of the problems")
+    problems = in_turns(read_problems(data, "train"), options.batches * options.problems)
+    norms = torch.cat(
+        [
+            torch.full((weight.numel(),), name.endswith("norm.weight"))
+            for name, weight in model.model.named_parameters()
+        ]
+    )
     gradients = []
-    for half in (0, 1):
-        kept = advantages.copy()
-        kept[1 - half :: 2] = 0.0
-        gradients.append(gradient(model, said, kept))
-    cosine = torch.cosine_similarity(gradients[0], gradients[1], dim=0)
-    print(f"gradients of two halves of the problems: cosine {cosine:.3f}")
-
-    direction = torch.nn.functional.normalize(gradients[0] + gradients[1], dim=0)
-    parameters = list(model.model.parameters())
-    start = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
-    for step in (0.0, *options.steps):
-        torch.nn.utils.vector_to_parameters(start + step * direction, parameters)
-        count, tokens = options.held_out_answers, options.max_new_tokens
-        found = Answers(model, held_out, options.mode, count, tokens)
-        print(f"step {step:+g} (weights' norm {start.norm():.0f}): held out, {found}", flush=True)
+    for start in range(0, len(problems), options.problems):
+        said = Answers(model, problems[start : start + options.problems], *asked, seed=1 + start)
+        gradients.append(gradient(model, said))
+    for what, kept in (("all weights", torch.ones_like(norms)), ("the norms' gains", norms)):
+        pairs = [
+            torch.cosine_similarity(a[kept], b[kept], dim=0).item()
+            for a, b in combinations(gradients, 2)
+        ]
+        print(
+            f"{what} ({int(kept.sum()):,}): cosine of two batches {np.mean(pairs):+.3f} "
+            f"+- {np.std(pairs) / np.sqrt(len(pairs)):.3f}"
+        )
 
 
 class Answers:
-    """What a model says to every problem at temperature 1, and what it earns, (problems, each)."""
+    """What a model says to every problem, and what it earns, (problems, each)."""
 
     def __init__(
-        self, model: CausalLM, problems: list[Problem], mode: Mode, each: int, tokens: int
+        self,
+        model: CausalLM,
+        problems: list[Problem],
+        mode: Mode,
+        each: int,
+        tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
     ) -> None:
         tokenizer = model.tokenizer
         eos = int(tokenizer.eos_token_id)
         texts = [prompt(problem, mode, tokenizer) for problem in problems]
-        asked = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        self.prompts = [ids for ids in asked for _ in range(each)]
-        torch.manual_seed(0)
-        drawn_BT = model.generate(
-            self.prompts,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=tokens,
-            eos_token_id=eos,
-            pad_token_id=int(tokenizer.pad_token_id),
-        )
-        self.said: list[list[int]] = []
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        self.prompts = [np.array(one, np.int32) for one in ids for _ in range(each)]
+        numbers = np.random.default_rng(seed).random((len(self.prompts), tokens))
+        self.said: list[list[int]] = [[] for _ in self.prompts]
+        for batch in length_batches([len(p) + tokens for p in self.prompts], AT_ONCE_TOKENS):
+            some = [self.prompts[i] for i in batch]
+            for i, drawn in zip(
+                batch, sample_batch(model, some, numbers[batch], temperature), strict=True
+            ):
+                self.said[i] = drawn.tolist()
         earned = []
-        for number, ids in enumerate(drawn_BT.tolist()):
-            ended = eos in ids
-            words = ids[: ids.index(eos)] if ended else ids
-            self.said.append(words + [eos] * ended)
-            text = str(tokenizer.decode(words))
+        for number, drawn in enumerate(self.said):
+            ended = drawn[-1:] == [eos]
+            text = str(tokenizer.decode(drawn[:-1] if ended else drawn))
             earned.append(reward(problems[number // each], mode, text, ended).total)
         self.rewards = np.array(earned, np.float64).reshape(-1, each)
+        self.advantages = self.rewards - self.rewards.mean(axis=1, keepdims=True)
 
     def __str__(self) -> str:
         """Mean reward with its standard error."""
         error = self.rewards.std() / np.sqrt(self.rewards.size)
         return f"reward {self.rewards.mean():+.3f} +- {error:.3f} of {self.rewards.size} answers"
 
+    def padded(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Token ids and mask of some answers as ``token_log_probs`` takes them."""
+        asked, said = self.prompts[rows], self.said[rows]
+        longest, last = max(map(len, asked)), max(map(len, said))
+        ids = torch.zeros(len(said), longest + last, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, (before, after) in enumerate(zip(asked, said, strict=True)):
+            start, end = longest - len(before), longest + len(after)
+            ids[row, start:end] = torch.tensor([*before, *after])
+            mask[row, start:end] = 1
+        return ids, mask, last
 
-def gradient(model: CausalLM, said: Answers, advantages: np.ndarray) -> torch.Tensor:
+
+def logit_scores(model: CausalLM, said: Answers) -> np.ndarray:
+    """The derivative of each answer's log-probability by a factor on the logits, (answers,).
+
+    It is the sum over tokens of the log-probability and the entropy: d/ds (s z - log sum exp(s z))
+    at s = 1 is the logit less its mean.
+    """
+    found = []
+    for start in range(0, len(said.said), AT_ONCE):
+        with torch.no_grad():
+            padded = said.padded(slice(start, start + AT_ONCE))
+            log_p_BT, entropy_BT = token_log_probs(model.model, *padded, 1.0)
+        found.append((log_p_BT + entropy_BT).double().sum(1).numpy())
+    return np.concatenate(found)
+
+
+def gradient(model: CausalLM, said: Answers) -> torch.Tensor:
     """Of the mean over answers of advantage times log-probability, by all weights."""
-    weights = advantages.reshape(-1)
-    parameters = list(model.model.parameters())
+    weights = torch.from_numpy(said.advantages.reshape(-1) / said.advantages.size).float()
     model.model.zero_grad()
-    used = np.flatnonzero(weights)
-    for start in range(0, len(used), AT_ONCE):
-        numbers = used[start : start + AT_ONCE]
-        whole = [[*said.prompts[n], *said.said[n]] for n in numbers]
-        ids_BT = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.int64)
-        weight_BT = torch.zeros(ids_BT.shape)
-        for row, (n, ids) in enumerate(zip(numbers, whole, strict=True)):
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
-            weight_BT[row, len(said.prompts[n]) : len(ids)] = weights[n] / len(weights)
-        state_BTH = model.body(ids_BT, use_cache=False).last_hidden_state
-        place = weight_BT[:, 1:] != 0
-        state_NH, target_N = state_BTH[:, :-1][place], ids_BT[:, 1:][place]
-        total = state_NH.new_zeros(())
-        for rows in row_chunks(len(state_NH), model.vocab_size):
-            log_NV = model.log_probs(state_NH[rows])
-            log_N = log_NV.gather(1, target_N[rows, None])[:, 0]
-            total = total + (log_N * weight_BT[:, 1:][place][rows]).sum()
-        total.backward()
-    none = torch.zeros(())
-    parts = [(none.expand_as(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+    for start in range(0, len(said.said), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        log_p_BT, _ = token_log_probs(model.model, *said.padded(rows), 1.0)
+        (log_p_BT.sum(1) * weights[rows]).sum().backward()
+    parts = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
+        for p in model.model.parameters()
+    ]
     return torch.cat(parts).clone()
 
 

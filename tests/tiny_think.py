@@ -28,7 +28,7 @@ TINY = PostTrainingConfig(
     reasoning=FineTuningConfig(batch_sequences=4, text_sequences=1),
     overlap=FineTuningConfig(batch_sequences=8, text_sequences=1),
     policy=PolicyConfig(
-        rounds=3, instructions=2, answers=4, steps_per_round=2, checkpoint_rounds=1
+        rounds=6, instructions=1, answers=4, checkpoint_rounds=2, learning_rate=5e-5
     ),
     max_new_tokens=8,
     checkpoint_steps=3,
@@ -107,7 +107,7 @@ def tiny_tuning(base: Artifact, data: Artifact, out: Path) -> Artifact:
 
 
 def tiny_policy(base: Artifact, data: Artifact, out: Path) -> Artifact:
-    """Reinforcement learning: 3 rounds of 2 steps."""
+    """Reinforcement learning: 6 rounds."""
     return optimize_policy(TINY, base, data, out)
 
 

@@ -21,17 +21,17 @@ class FineTuningConfig(Section):
 
 
 class PolicyConfig(Section):
-    """On-policy reinforcement learning at the level of sequences (GSPO)."""
+    """On-policy reinforcement learning from what whole answers earn (GRPO)."""
 
-    rounds: int = Field(24, gt=0, description="times of answering, scoring and learning")
-    instructions: int = Field(32, gt=0, description="problems of a round, each asked in both modes")
+    rounds: int = Field(48, gt=0, description="times of answering, scoring and learning: steps")
+    instructions: int = Field(64, gt=0, description="problems of a round, each asked in both modes")
     answers: int = Field(8, gt=1, description="to each prompt, compared with each other")
-    steps_per_round: int = Field(1, gt=0, description="optimizer steps on a round's answers")
-    checkpoint_rounds: int = Field(4, gt=0, description="rounds between two checkpoints")
-    learning_rate: float = Field(5e-5, gt=0, description="of AdamW, at its highest")
+    checkpoint_rounds: int = Field(10, gt=0, description="rounds between two checkpoints")
+    learning_rate: float = Field(1e-2, gt=0, description="of AdamW, at its highest")
     temperature: float = Field(1.0, gt=0, description="of the answers")
-    clip_low: float = Field(3e-4, gt=0, description="by which a sequence may get less likely")
-    clip_high: float = Field(4e-4, gt=0, description="by which a sequence may get more likely")
+    kl_weight: float = Field(
+        0.1, ge=0, description="reward that a nat away from the model before it costs, by answer"
+    )
 
 
 class PostTrainingConfig(Section):

@@ -90,7 +90,7 @@ def fine_tune(
         [config.seed, tuning.epochs],
     )
     arguments = SFTConfig(
-        **shared_arguments(draft.path, config.seed, config.checkpoint_steps, logging_steps=1),
+        **shared_arguments(draft.path, config.seed, config.checkpoint_steps, adam_beta2=0.95),
         num_train_epochs=1,
         per_device_train_batch_size=tuning.batch_sequences + tuning.text_sequences,
         learning_rate=tuning.learning_rate,

@@ -1,14 +1,17 @@
 """On-policy reinforcement learning through TRL: both modes of an instruction, sequence by sequence.
 
 Every instruction is asked twice, the prompt ending in ``<think>`` or ``</think>``, and answered
-several times; an answer's advantage is its reward against those of the same prompt, not divided
-by their deviation, which would make most of what one lucky guess earned (Dr. GRPO: Liu et al.,
-arXiv 2503.20783). Importance ratios and clipping are of whole sequences, each of which counts the
-same however long (GSPO: Zheng et al., arXiv 2507.18071), with a higher clip upwards and no
-reference model (DAPO: Yu et al., arXiv 2503.14476). Two parts of DAPO are left out: dynamic
-sampling, which asks again where all answers earn the same and which TRL does not have (such prompts
-teach nothing in their round), and the mask on answers that grow too long (not to end is what the
-format reward punishes).
+several times; an answer's advantage is its reward against those of the same prompt, divided neither
+by their deviation nor by its length (Dr. GRPO: Liu et al., arXiv 2503.20783). A round is one
+optimizer step, so the policy that learns is the one that answered, and nothing is to be clipped.
+
+Only the gains of the norms are trained, a few thousand weights: what hundreds of answers show of a
+reward is mostly noise to millions of them (two halves of a round have gradients that hardly agree),
+and a step that follows noise in all of them does harm. Norms alone teach a network much (Frankle et
+al., arXiv 2003.00152). That the policy stays near the model it started from (``kl_weight``, nats
+per answer: Ziegler et al., arXiv 1909.08593) undoes what has no direction, and not what is asked
+for again and again. DAPO (Yu et al., arXiv 2503.14476) has no such term; nor is its dynamic
+sampling here, which asks again where all answers earn the same, as TRL does not have it.
 """
 
 from __future__ import annotations
@@ -37,15 +40,16 @@ from seodang.foundation.post_training.trainers import (
 
 KIND = "policy-optimized"
 AT_ONCE = 128  # answers of one forward pass: what it keeps is large
+WARMUP = 0.1  # share of the rounds; Adam's first steps, which no average yet tempers, do harm
 
 
 def optimize_policy(
     config: PostTrainingConfig, model: Artifact, data: Artifact, out: Path
 ) -> Artifact:
-    """Reinforce ``model`` on problems that it has not been fine-tuned on last, into ``out``.
+    """Reinforce ``model`` on problems of ``data``, into ``out``.
 
-    Instructions are the training part's, from its end, of all tasks and languages alike. Resumes
-    what ``out`` holds, with the same result as if it had never stopped.
+    Instructions are the training part's, of all tasks and languages alike. Resumes what ``out``
+    holds, with the same result as if it had never stopped.
 
     Raises ``InputError`` if TRL is not installed or the model cannot be loaded.
     """
@@ -58,8 +62,12 @@ def optimize_policy(
     with trl_imports():
         from datasets import Dataset
         from trl.trainer.grpo_config import GRPOConfig
-        from trl.trainer.grpo_trainer import GRPOTrainer
+
+        from seodang.foundation.post_training.policy_trainer import PolicyTrainer
     loaded = load(model, draft.path)
+    loaded.model.config._name_or_path = str(model.path)  # the reference, of a resumed run too
+    for name, weight in loaded.model.named_parameters():
+        weight.requires_grad_(name.endswith("norm.weight"))
     problems = in_turns(read_problems(data, "train"), policy.rounds * policy.instructions)
     asked = [(problem, mode) for problem in problems for mode in MODES]
     rows = [
@@ -67,34 +75,30 @@ def optimize_policy(
         for number, (problem, mode) in enumerate(asked)
     ]
     batch = policy.instructions * len(MODES) * policy.answers
-    every = policy.steps_per_round
-    passes = math.ceil(batch / every / AT_ONCE)
-    saved = every * policy.checkpoint_rounds  # whole rounds: answers are not in a checkpoint
+    passes = math.ceil(batch / AT_ONCE)
     arguments = GRPOConfig(
-        **shared_arguments(draft.path, config.seed, saved, logging_steps=every),
-        max_steps=policy.rounds * every,
-        per_device_train_batch_size=math.ceil(batch / every / passes),
+        **shared_arguments(draft.path, config.seed, policy.checkpoint_rounds, adam_beta2=0.99),
+        max_steps=policy.rounds,
+        warmup_steps=round(WARMUP * policy.rounds),
+        per_device_train_batch_size=math.ceil(batch / passes),
         gradient_accumulation_steps=passes,
-        steps_per_generation=every * passes,
         num_generations=policy.answers,
         shuffle_dataset=False,
         learning_rate=policy.learning_rate,
         max_completion_length=config.max_new_tokens,
         temperature=policy.temperature,
-        beta=0.0,
-        importance_sampling_level="sequence",
-        loss_type="grpo",
-        epsilon=policy.clip_low,
-        epsilon_high=policy.clip_high,
+        beta=policy.kl_weight,
+        importance_sampling_level="token",
+        loss_type="dr_grpo",
         scale_rewards="none",
         mask_truncated_completions=False,
         disable_dropout=True,
     )
-    trainer = GRPOTrainer(
-        model=loaded.model,
+    trainer = PolicyTrainer(
+        loaded,
+        config.seed,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=loaded.tokenizer,
         reward_funcs=reward_functions(asked, int(loaded.tokenizer.eos_token_id)),
     )
     fit(trainer, loaded, draft, "Reinforcement learning", arguments.max_steps)
@@ -103,13 +107,13 @@ def optimize_policy(
 
 
 def in_turns(problems: Sequence[Problem], count: int) -> list[Problem]:
-    """At most ``count`` of the last ``problems``, every task in every language in turn.
+    """At most ``count`` of ``problems`` from the first on, every task in every language in turn.
 
-    No question comes twice, so the end of a long list holds few of the tasks whose worlds are
-    small; a policy that is not asked them any more unlearns them.
+    No question comes twice in all of them, so that what follows is ever rarer: few of the tasks
+    whose worlds are small, which a policy that is not asked them any more unlearns.
     """
     of_task: dict[tuple[str, str], list[Problem]] = defaultdict(list)
-    for problem in reversed(problems):
+    for problem in problems:
         of_task[problem.task, problem.language].append(problem)
     turns = zip_longest(*(of_task[key] for key in sorted(of_task)))
     return [problem for turn in turns for problem in turn if problem is not None][:count]

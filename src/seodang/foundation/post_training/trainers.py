@@ -34,7 +34,7 @@ _LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "reward", "completio
 
 
 def shared_arguments(
-    folder: Path, seed: int, checkpoint_steps: int, logging_steps: int
+    folder: Path, seed: int, checkpoint_steps: int, adam_beta2: float
 ) -> dict[str, Any]:
     """The training arguments that every stage has.
 
@@ -52,12 +52,12 @@ def shared_arguments(
         "save_steps": checkpoint_steps,
         "save_total_limit": 1,
         "logging_strategy": "steps",
-        "logging_steps": logging_steps,
+        "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
         "max_grad_norm": 1.0,
         "train_sampling_strategy": "sequential",  # other orders begin anew when a run is resumed
-        "adam_beta2": 0.95,
+        "adam_beta2": adam_beta2,
         "weight_decay": 0.0,
         "lr_scheduler_type": "cosine",
         "dataloader_pin_memory": False,
