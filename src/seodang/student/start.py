@@ -1,5 +1,7 @@
 """Where a student starts: random weights, a model as it is, or one with parts left out.
 
+Random layers may stand on that model's embeddings, in an architecture of their own.
+
     teacher = Path("models/teacher")
     check_start(teacher, config)                   # refuses what cannot be, before any work
     choice = choose_start(teacher, store, config)  # what to keep, measured on stored labels
@@ -102,15 +104,15 @@ def choose_start(teacher: Path, store: SoftLabelStore, config: StudentConfig) ->
 def build_start(teacher: Path, config: StudentConfig, choice: Mapping[str, Any]) -> PreTrainedModel:
     """The student before its first step, in float32 on the CPU, with the teacher's vocabulary.
 
-    The same for the same ``choice`` and, from scratch, the same ``config.seed``.
+    The same for the same ``choice`` and, of random layers, the same ``config.seed``.
     """
     from transformers import AutoModelForCausalLM
 
     if choice["start"] != "pruned":
-        student = _random(teacher, config)
+        random = _random(teacher, config)
         if choice["start"] == "embeddings":
-            _copy_embeddings(_load(teacher, config), student)
-        return student
+            _copy_embeddings(_load(teacher, config), random)
+        return random
     full: PreTrainedModel = _load(teacher, config)
     shape = student_config(full.config, config, choice["kept_layers"])
     if shape.to_dict() == full.config.to_dict():
