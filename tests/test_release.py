@@ -20,7 +20,7 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seodang.artifact import Artifact, Draft, begin
+from seodang.artifact import Artifact, Draft, Manifest, Source, begin
 from seodang.errors import InputError, WorkFailed
 from seodang.packages import fetch
 from seodang.release import bom, bundle, gguf
@@ -319,6 +319,22 @@ def test_cards_say_what_the_artifacts_say(inputs: Inputs, release: Artifact) -> 
         assert all(line.rstrip().endswith("|") for line in tables)
         assert "None" not in text
         assert "\n\n\n" not in text
+
+
+def test_what_the_start_was_made_of_is_said(tmp_path: Path) -> None:
+    given = make_inputs(tmp_path, quantizations=[])
+    read_before = Source(name="statutes", license="LicenseRef-statutes", version="3")
+    student = given["student"]
+    content = student.manifest.model_dump(exclude={"checksum"})
+    content["sources"] = [*given["soft_labels"].manifest.sources, read_before]
+    content["config"] = content["config"] | {"start": "pruned"}
+    given["student"] = Artifact(student.path, Manifest.make(**content))
+    (student.path / "manifest.json").write_bytes(given["student"].manifest.to_bytes())
+    made = bundle.build(tmp_path / "release", **given)
+    text = (made.path / "TRAINING_DATA.md").read_text()
+    assert "| started from | weights of another model |" in text
+    assert "| that model learned from | statutes 3 (LicenseRef-statutes) |" in text
+    assert read_before in made.manifest.sources
 
 
 def test_bill_of_materials_is_valid_and_names_everything(release: Artifact) -> None:

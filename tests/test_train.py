@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seodang.artifact import Source
 from seodang.causal_lm import CausalLM, load_tokenizer, tokenizer_fingerprint
 from seodang.corpus.sequences import observed_tokens
 from seodang.errors import InputError, WorkFailed
@@ -282,6 +283,23 @@ def test_a_student_can_be_trained_on(teacher, store, undisturbed, tmp_path):
     first = read_rows(further.path / LOG)[0]
     assert first["kd_loss"] < read_rows(undisturbed.path / LOG)[0]["kd_loss"]
     assert further.manifest.inputs["continue_from"] == undisturbed.digest
+
+
+def test_a_student_names_what_its_start_was_made_of(teacher, store, undisturbed, tmp_path):
+    known = Source(name="help", license="MIT")
+    first = train(store, teacher, CONFIG, tmp_path / "first", sources=[known])
+    config = StudentConfig(path=str(first.path), epochs=1, batch_tokens=96)
+    labels = Source(name="pages", license="CC0-1.0")
+    second = train(store, teacher, config, tmp_path / "second", sources=[labels])
+    assert second.manifest.sources == [labels, known]
+    again = train(store, teacher, config, tmp_path / "third", sources=[known])
+    assert again.manifest.sources == [known]
+    bare = tmp_path / "bare"
+    shutil.copytree(teacher, bare)
+    (bare / "manifest.json").unlink(missing_ok=True)
+    config = config.model_copy(update={"path": str(bare)})
+    (unknown,) = train(store, teacher, config, tmp_path / "fourth").manifest.sources
+    assert (unknown.name, unknown.license) == ("bare", "not stated")
 
 
 @pytest.mark.parametrize("divergence", ["reverse-kl", "jsd"])

@@ -62,9 +62,15 @@ class Facts:
         return [s for s in self.soft_labels.manifest.sources if s.name not in documents]
 
     @property
+    def started_from(self) -> list[Source]:
+        """The sources of the model that the student started from, if that is not the teacher."""
+        known = {(s.name, s.license) for s in [*self.data, *self.soft_labels.manifest.sources]}
+        return [s for s in self.student.manifest.sources if (s.name, s.license) not in known]
+
+    @property
     def sources(self) -> list[Source]:
         """Everything the release comes from."""
-        return [*self.data, *self.teachers]
+        return [*self.data, *self.teachers, *self.started_from]
 
     @property
     def bytes_per_token(self) -> float:

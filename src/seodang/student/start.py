@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from seodang.artifact import MANIFEST, Artifact, Source
 from seodang.causal_lm import CausalLM, load_tokenizer, quiet_transformers
 from seodang.errors import InputError
 from seodang.recipe import StudentConfig
@@ -37,6 +38,19 @@ if TYPE_CHECKING:
 def start_directory(teacher: Path, config: StudentConfig) -> Path:
     """The directory of the model that the student starts from."""
     return Path(config.path) if config.path else teacher
+
+
+def start_sources(config: StudentConfig) -> list[Source]:
+    """What the model in ``student.path`` was made from, as its manifest says; [] for the teacher.
+
+    Of a directory without a manifest nothing is known but its name.
+    """
+    if config.path is None:
+        return []
+    directory = Path(config.path)
+    if (directory / MANIFEST).is_file():
+        return Artifact.open(directory).manifest.sources
+    return [Source(name=directory.name, license="not stated")]
 
 
 def check_start(teacher: Path, config: StudentConfig) -> None:

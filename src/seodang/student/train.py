@@ -43,7 +43,13 @@ from seodang.student.distillation import (
     plan_packs,
 )
 from seodang.student.packing import Objective, Pack, pack
-from seodang.student.start import build_start, check_start, choose_start, start_directory
+from seodang.student.start import (
+    build_start,
+    check_start,
+    choose_start,
+    start_directory,
+    start_sources,
+)
 from seodang.student.vocabulary import (
     VOCABULARY,
     TrimmedVocabulary,
@@ -103,13 +109,19 @@ def train(
         _fit(job, processes)
         if isinstance(draft, Draft):
             draft.finish(
-                sources=sources,
+                sources=[*sources, *_new(start_sources(config), sources)],
                 summary=json.loads((out / START).read_bytes())["summary"],
                 measured=[SPEED, EVENTS],
                 temporary=[CHECKPOINTS],
             )
         processes.wait()
         return Artifact.open(out, "student")
+
+
+def _new(found: Sequence[Source], known: Sequence[Source]) -> list[Source]:
+    """The sources that no known one has name and licence of."""
+    names = {(source.name, source.license) for source in known}
+    return [source for source in found if (source.name, source.license) not in names]
 
 
 @dataclass(frozen=True)
