@@ -6,8 +6,8 @@ by their deviation nor by its length (Dr. GRPO: Liu et al., arXiv 2503.20783). A
 optimizer step, so the policy that learns is the one that answered, and nothing is to be clipped.
 
 Only the gains of the norms are trained, a few thousand weights: what hundreds of answers show of a
-reward is mostly noise to millions of them (two halves of a round have gradients that hardly agree),
-and a step that follows noise in all of them does harm. Norms alone teach a network much (Frankle et
+reward is mostly noise to millions of them (the gradients of two rounds hardly agree), and a step
+that follows noise in all of them does harm. Norms alone teach a network much (Frankle et
 al., arXiv 2003.00152). That the policy stays near the model it started from (``kl_weight``, nats
 per answer: Ziegler et al., arXiv 1909.08593) undoes what has no direction, and not what is asked
 for again and again. DAPO (Yu et al., arXiv 2503.14476) has no such term; nor is its dynamic
