@@ -19,17 +19,16 @@ import numpy as np
 import torch
 
 from seodang.artifact import Artifact
-from seodang.causal_lm import CausalLM, length_batches
+from seodang.causal_lm import CausalLM
 from seodang.foundation.post_training.fine_tuning import prompt
 from seodang.foundation.post_training.policy_optimization import in_turns
-from seodang.foundation.post_training.policy_trainer import token_log_probs
+from seodang.foundation.post_training.policy_trainer import BATCH_TOKENS, token_log_probs
 from seodang.foundation.post_training.problem import MODES, Mode
 from seodang.foundation.post_training.reasoning_data import Problem, read_problems
 from seodang.foundation.post_training.rewards import reward
 from seodang.foundation.pretraining.experts import use_grouped_experts
-from seodang.student.generate import sample_batch
+from seodang.student.generate import sample
 
-AT_ONCE_TOKENS = 32_768  # of prompts and answers in the cache
 AT_ONCE = 128  # answers of one backward pass
 SCALE = 1.25  # by which the logits are multiplied, or divided
 
@@ -100,14 +99,9 @@ class Answers:
         texts = [prompt(problem, mode, tokenizer) for problem in problems]
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         self.prompts = [np.array(one, np.int32) for one in ids for _ in range(each)]
-        numbers = np.random.default_rng(seed).random((len(self.prompts), tokens))
-        self.said: list[list[int]] = [[] for _ in self.prompts]
-        for batch in length_batches([len(p) + tokens for p in self.prompts], AT_ONCE_TOKENS):
-            some = [self.prompts[i] for i in batch]
-            for i, drawn in zip(
-                batch, sample_batch(model, some, numbers[batch], temperature), strict=True
-            ):
-                self.said[i] = drawn.tolist()
+        uniforms = [*np.random.default_rng(seed).random((len(self.prompts), tokens))]
+        answers = sample(model, self.prompts, uniforms, temperature, batch_tokens=BATCH_TOKENS)
+        self.said: list[list[int]] = [drawn.tolist() for drawn in answers]
         earned = []
         for number, drawn in enumerate(self.said):
             ended = drawn[-1:] == [eos]

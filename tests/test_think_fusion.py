@@ -233,13 +233,13 @@ def test_a_policy_is_asked_every_task_alike_however_rare(data: Artifact) -> None
 
 def test_the_reward_rises(answering: Artifact, tmp_path: Path) -> None:
     """The tuned model ends some answers in time; reinforced, nearly all that it can (half)."""
-    policy = PolicyConfig(rounds=14, instructions=2, answers=32, learning_rate=0.1)
+    policy = PolicyConfig(rounds=20, instructions=2, answers=64, learning_rate=0.1, kl_weight=0.02)
     config = TINY.model_copy(update={"policy": policy, "problems": 60})
     data = build_reasoning_data(config, tmp_path / "data")
     made = optimize_policy(config, answering, data, tmp_path / "out")
     log = [json.loads(line) for line in (made.path / "training.jsonl").read_text().splitlines()]
     kept = [row["rewards/format/mean"] for row in log]
-    assert sum(kept[-3:]) / 3 > sum(kept[:2]) / 2 + 0.05
+    assert sum(kept[-3:]) / 3 > kept[0] + 0.1
 
 
 def test_only_complete_checkpoints_count(tmp_path: Path) -> None:

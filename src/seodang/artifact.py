@@ -46,6 +46,12 @@ class Source(BaseModel):
     tokens: int | None = None
 
 
+def new_sources(found: Iterable[Source], known: Iterable[Source]) -> list[Source]:
+    """Those of ``found`` that no source of ``known`` shares name and licence with."""
+    named = {(source.name, source.license) for source in known}
+    return [source for source in found if (source.name, source.license) not in named]
+
+
 class FileEntry(BaseModel):
     """One file of an artifact: POSIX path relative to it, size in bytes, SHA-256."""
 

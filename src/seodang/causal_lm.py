@@ -232,6 +232,24 @@ class CausalLM:
         answers_BT: torch.Tensor = out_BT[:, ids_BT.shape[1] :].cpu()
         return answers_BT
 
+    def read(
+        self, ids_BT: torch.Tensor, mask_BL: torch.Tensor, cache: Any = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits (rows, vocabulary) after the last of ``ids_BT``, and a cache that holds them too.
+
+        ``mask_BL`` is 0 in the padding, of what ``cache`` holds and of the ids after it.
+        """
+        places_BT = (mask_BL.cumsum(1) - 1)[:, -ids_BT.shape[1] :].clamp(min=0)
+        with torch.no_grad():
+            found = self.body(
+                ids_BT.to(self.device),
+                attention_mask=mask_BL.to(self.device),
+                position_ids=places_BT.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            return self.logits(found.last_hidden_state[:, -1]), found.past_key_values
+
     def check_head_is_linear(self, directory: Path) -> None:
         """Raise ``InputError`` if the logits are not a linear function of the hidden states."""
         ids = torch.arange(min(8, self.vocab_size), device=self.device)[None]

@@ -51,21 +51,13 @@ def answers_under_schema(
     matchers, stop = _matchers(model, schema, len(prompts)), model.stop_ids
     said = [_forced(matcher) for matcher in matchers]
     rows = [row for row, matcher in enumerate(matchers) if not matcher.is_stopped()]
-    unread, cache = [[*prompts[row], *said[row]] for row in rows], None
+    unread: list[list[int]] = [[*prompts[row], *said[row]] for row in rows]
+    cache: Any = None
     mask_RL = torch.zeros(len(rows), 0, dtype=torch.int64)
     while rows:
         ids_RN, shown_RN = left_padded(unread)
         mask_RL = torch.cat([mask_RL, shown_RN], 1)
-        places_RN = (mask_RL.cumsum(1) - 1)[:, -ids_RN.shape[1] :].clamp(min=0)
-        read = model.body(
-            ids_RN.to(model.device),
-            attention_mask=mask_RL.to(model.device),
-            position_ids=places_RN.to(model.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = read.past_key_values
-        scores_RV = model.logits(read.last_hidden_state[:, -1])
+        scores_RV, cache = model.read(ids_RN, mask_RL, cache)
         possible_RV = _possible([matchers[row] for row in rows], scores_RV.shape[1])
         scores_RV.masked_fill_(~possible_RV.to(scores_RV.device), -torch.inf)
         going, unread = [], []

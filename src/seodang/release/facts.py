@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from seodang.artifact import Artifact, FileEntry, Source
+from seodang.artifact import Artifact, FileEntry, Source, new_sources
 from seodang.recipe import ReleaseConfig
 from seodang.release.provenance import DataSource, training_data
 
@@ -64,8 +64,8 @@ class Facts:
     @property
     def started_from(self) -> list[Source]:
         """The sources of the model that the student started from, if that is not the teacher."""
-        known = {(s.name, s.license) for s in [*self.data, *self.soft_labels.manifest.sources]}
-        return [s for s in self.student.manifest.sources if (s.name, s.license) not in known]
+        known = [*self.data, *self.soft_labels.manifest.sources]
+        return new_sources(self.student.manifest.sources, known)
 
     @property
     def sources(self) -> list[Source]:

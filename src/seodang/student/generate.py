@@ -7,17 +7,17 @@ from the batch it happens to stand in (up to the rounding that padding changes).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from seodang.causal_lm import CausalLM, TokenIds, left_padded, length_batches
-from seodang.progress import track
 from seodang.softlabels.estimators import draw
 
-BATCH_TOKENS = 8192  # of prompts and answers that are in the cache at a time
+BATCH_TOKENS = 8192
 STAYING = 7 / 8  # of a batch: where fewer of its answers go on, the others leave it
 
 
@@ -26,6 +26,9 @@ def sample(
     prompts: Sequence[TokenIds],
     uniforms: Sequence[npt.NDArray[np.float64]],
     temperature: float,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: Callable[[int], None] = lambda answers: None,
 ) -> list[TokenIds]:
     """One answer to each prompt, with the token that ended it if it ended.
 
@@ -35,6 +38,8 @@ def sample(
         uniforms: for each prompt as many numbers in [0, 1) as its answer has tokens at most; the
             same number for all.
         temperature: by which the logits are divided.
+        batch_tokens: of prompts and answers that are in the cache at a time, at most.
+        advance: told of every batch how many answers it gave.
 
     Returns:
         token ids (length,) int32, at least one each.
@@ -42,17 +47,16 @@ def sample(
     steps = len(uniforms[0]) if uniforms else 0
     answers: list[TokenIds] = [np.empty(0, np.int32)] * len(prompts)
     lengths = [len(prompt) + steps for prompt in prompts]
-    with track("Generating answers", len(prompts), "answers") as advance:
-        for batch in length_batches(lengths, BATCH_TOKENS):
-            numbers_BT = np.stack([uniforms[index] for index in batch])
-            some = sample_batch(model, [prompts[i] for i in batch], numbers_BT, temperature)
-            for index, answer in zip(batch, some, strict=True):
-                answers[index] = answer
-            advance(len(batch))
+    for batch in length_batches(lengths, batch_tokens):
+        numbers_BT = np.stack([uniforms[index] for index in batch])
+        some = _sample_batch(model, [prompts[i] for i in batch], numbers_BT, temperature)
+        for index, answer in zip(batch, some, strict=True):
+            answers[index] = answer
+        advance(len(batch))
     return answers
 
 
-def sample_batch(
+def _sample_batch(
     model: CausalLM,
     prompts: Sequence[TokenIds],
     uniforms_BT: npt.NDArray[np.float64],
@@ -66,19 +70,11 @@ def sample_batch(
     said: list[list[int]] = [[] for _ in prompts]
     rows = np.arange(len(prompts))  # of the batch, as prompts
     ids_RT, mask_RL = left_padded(prompts)
-    going, cache = np.ones(len(rows), bool), None
+    going = np.ones(len(rows), bool)
+    cache: Any = None
     for uniform_B in uniforms_BT.T:
-        places_RT = (mask_RL.cumsum(1) - 1)[:, -ids_RT.shape[1] :].clamp(min=0)
-        with torch.no_grad():
-            read = model.body(
-                ids_RT.to(model.device),
-                attention_mask=mask_RL.to(model.device),
-                position_ids=places_RT.to(model.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = read.past_key_values
-            p_RV = torch.softmax(model.logits(read.last_hidden_state[:, -1]) / temperature, -1)
+        logits_RV, cache = model.read(ids_RT, mask_RL, cache)
+        p_RV = torch.softmax(logits_RV / temperature, -1)
         drawn_R = draw(p_RV, uniform_B[rows, None])[:, 0]
         for place in np.flatnonzero(going):
             said[rows[place]].append(int(drawn_R[place]))

@@ -25,6 +25,7 @@ from seodang.causal_lm import CausalLM
 from seodang.corpus.build import read_documents
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError
+from seodang.progress import track
 from seodang.recipe import OnPolicyConfig, SoftLabelsConfig, StudentConfig
 from seodang.softlabels.capture import capture
 from seodang.softlabels.store import SoftLabelStore
@@ -210,7 +211,8 @@ def answers(
             f"{config.max_new_tokens} tokens"
         )
     uniforms = [_uniforms(prompt, seed, config.max_new_tokens) for prompt in chosen]
-    said = sample(model, prompts, uniforms, config.temperature)
+    with track("Generating answers", len(prompts), "answers") as advance:
+        said = sample(model, prompts, uniforms, config.temperature, advance=advance)
     stop = set(model.stop_ids)
     same_tokens = vocabulary_of(student) is None
     found = []

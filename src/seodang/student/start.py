@@ -71,12 +71,13 @@ def check_start(teacher: Path, config: StudentConfig) -> None:
                 "with random ones: student.start: scratch"
             )
     check_shape(source, config)
-    width_given = _config_of(start, "student.path" if config.path else "teacher").hidden_size
-    if config.start == "embeddings" and source.hidden_size != width_given:
-        raise InputError(
-            f"student.hidden_size is {source.hidden_size}: a student that starts with the "
-            f"embeddings of a model has their width, {width_given}"
-        )
+    if config.start == "embeddings":
+        given = _config_of(start, "student.path" if config.path else "teacher").hidden_size
+        if source.hidden_size != given:
+            raise InputError(
+                f"student.hidden_size is {source.hidden_size}: a student that starts with the "
+                f"embeddings of a model has their width, {given}"
+            )
     if config.vocabulary is not None:
         check_vocabulary(teacher, config.vocabulary)
     try:

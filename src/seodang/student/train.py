@@ -22,6 +22,7 @@ from seodang.artifact import (
     Source,
     begin,
     canonical_json,
+    new_sources,
     sha256_bytes,
     sha256_file,
     write_json,
@@ -109,19 +110,13 @@ def train(
         _fit(job, processes)
         if isinstance(draft, Draft):
             draft.finish(
-                sources=[*sources, *_new(start_sources(config), sources)],
+                sources=[*sources, *new_sources(start_sources(config), sources)],
                 summary=json.loads((out / START).read_bytes())["summary"],
                 measured=[SPEED, EVENTS],
                 temporary=[CHECKPOINTS],
             )
         processes.wait()
         return Artifact.open(out, "student")
-
-
-def _new(found: Sequence[Source], known: Sequence[Source]) -> list[Source]:
-    """The sources that no known one has name and licence of."""
-    names = {(source.name, source.license) for source in known}
-    return [source for source in found if (source.name, source.license) not in names]
 
 
 @dataclass(frozen=True)

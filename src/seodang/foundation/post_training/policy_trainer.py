@@ -16,7 +16,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from seodang.causal_lm import CausalLM, length_batches
 from seodang.foundation.pretraining.experts import use_grouped_experts
-from seodang.student.generate import sample_batch
+from seodang.student.generate import sample
 
 BATCH_TOKENS = 32_768  # of prompts and answers that are in the cache at a time
 SCORED_TOKENS = 4096  # of one forward pass
@@ -41,15 +41,10 @@ class PolicyTrainer(GRPOTrainer):
         steps = self.max_completion_length
         assert steps is not None
         numbers = np.random.default_rng([self.answer_seed, self.state.global_step])
-        uniforms_BT = numbers.random((len(prompt_ids), steps))
+        uniforms = [*numbers.random((len(prompt_ids), steps))]
         prompts = [np.array(ids, np.int32) for ids in prompt_ids]
-        answers: list[list[int]] = [[] for _ in prompts]
-        for batch in length_batches([len(ids) + steps for ids in prompts], BATCH_TOKENS):
-            some = [prompts[index] for index in batch]
-            drawn = sample_batch(self.policy, some, uniforms_BT[batch], self.temperature)
-            for index, ids in zip(batch, drawn, strict=True):
-                answers[index] = ids.tolist()
-        return answers, None
+        said = sample(self.policy, prompts, uniforms, self.temperature, batch_tokens=BATCH_TOKENS)
+        return [ids.tolist() for ids in said], None
 
     def _get_per_token_logps_and_entropies(
         self,
