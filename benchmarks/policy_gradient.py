@@ -26,8 +26,8 @@ from seodang.foundation.post_training.policy_trainer import BATCH_TOKENS, token_
 from seodang.foundation.post_training.problem import MODES, Mode
 from seodang.foundation.post_training.reasoning_data import Problem, read_problems
 from seodang.foundation.post_training.rewards import reward
-from seodang.foundation.pretraining.experts import use_grouped_experts
 from seodang.student.generate import sample
+from seodang.training.experts import use_grouped_experts
 
 AT_ONCE = 128  # answers of one backward pass
 SCALE = 1.25  # by which the logits are multiplied, or divided

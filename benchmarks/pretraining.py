@@ -1,12 +1,14 @@
 """A mixture of experts against the dense model of equal active parameters, on the same tokens.
 
-    python benchmarks/pretraining.py runs/nano/tokens runs/nano/tokenizer --out runs/moe-or-dense
-    python benchmarks/pretraining.py runs/nano/tokens runs/nano/tokenizer --speed
+    python benchmarks/pretraining.py runs/nano --out runs/moe-or-dense
+    python benchmarks/pretraining.py runs/nano --speed
 
 The dense model is the same but for its MLPs, which are as wide as the experts that see a token and
 the router together. The first call trains both and prints their held-out loss in nats per byte; it
 resumes what `--out` holds. The second takes the same steps of both in turns and prints the ratio of
-their times: start it on a machine that does nothing else.
+their times: start it on a machine that does nothing else. Its experts are those of the run's base:
+routers of random weights are not balanced yet. The defaults are those of
+`recipes/foundation-nano.yaml`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 
 from seodang.artifact import Artifact
+from seodang.causal_lm import CausalLM
 from seodang.foundation.model_config import ModelConfig
 from seodang.foundation.pretraining.balance import Balance
 from seodang.foundation.pretraining.batches import batch, cut
@@ -55,19 +58,19 @@ def active_parameters(config: ModelConfig, module: Pretraining) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("run", type=Path, help="a foundation run, for its tokens and its tokenizer")
     parser.add_argument("--preset", default="laptop-nano")
-    parser.add_argument("--train-tokens", type=int, default=8_000_000)
-    parser.add_argument("--batch-tokens", type=int, default=16_384)
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--bias-rate", type=float, default=BalancingConfig().rate)
+    parser.add_argument("--train-tokens", type=int, default=5_000_000)
+    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--bias-rate", type=float, default=0.005)
     parser.add_argument("--balance-weight", type=float, default=BalancingConfig().weight)
     parser.add_argument("--only", nargs="*", default=["moe", "dense"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--steps", type=int, default=6, help="of --speed")
+    parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args()
 
     moe = ModelConfig(preset=options.preset)
@@ -77,14 +80,15 @@ def main() -> None:
         batch_tokens=options.batch_tokens,
         micro_batch_tokens=options.micro_batch_tokens,
         learning_rate=options.learning_rate,
+        precision=options.precision,
         balancing=BalancingConfig(rate=options.bias_rate, weight=options.balance_weight),
         checkpoint_steps=10,
     )
-    tokens = Artifact.open(options.tokens)
+    tokens = Artifact.open(options.run / "tokens")
     if options.speed:
-        speed(models, config, TokenStore(tokens, "train"), options.steps)
+        speed(models, config, TokenStore(tokens, "train"), options.steps, options.run / "base")
         return
-    tokenizer = Artifact.open(options.tokenizer)
+    tokenizer = Artifact.open(options.run / "tokenizer")
     for name, model in models.items():
         out = options.out / name
         base = pretrain(config, model, tokens, tokenizer, out)
@@ -97,13 +101,20 @@ def main() -> None:
 
 
 def speed(
-    models: dict[str, ModelConfig], config: PretrainingConfig, store: TokenStore, steps: int
+    models: dict[str, ModelConfig],
+    config: PretrainingConfig,
+    store: TokenStore,
+    steps: int,
+    base: Path,
 ) -> None:
     """Take ``steps`` optimizer steps of every model in turns."""
     alone = Processes(0, 1, torch.device("cpu"))
     made = {}
     for name, model in models.items():
         module = Pretraining(model, store.vocabulary, 0.0).train()
+        if name == "moe":
+            trained = CausalLM.load(base, torch.device("cpu")).model
+            module.model.load_state_dict(trained.state_dict())
         module.balance = Balance(module, config.balancing, 100, alone)
         made[name] = module, make_optimizers(module, config)
         active = active_parameters(model, module) / 1e6
@@ -127,7 +138,9 @@ def speed(
         for name, (module, optimizers) in made.items():
             started = time.perf_counter()
             for pack in packs:
-                (module(pack).total / count).backward()
+                with torch.autocast("cpu", torch.bfloat16, config.precision == "bfloat16"):
+                    loss = module(pack).total / count
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()

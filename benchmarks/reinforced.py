@@ -20,7 +20,7 @@ from seodang.artifact import Artifact
 from seodang.causal_lm import CausalLM
 from seodang.foundation.post_training.problem import MODES
 from seodang.foundation.post_training.reasoning_data import read_problems
-from seodang.foundation.pretraining.experts import use_grouped_experts
+from seodang.training.experts import use_grouped_experts
 
 
 def main() -> None:

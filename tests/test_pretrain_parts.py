@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from seodang.artifact import Artifact
 from seodang.errors import InputError, WorkFailed
-from seodang.foundation.model_config import ModelConfig, hf_config
+from seodang.foundation.model_config import ModelConfig
 from seodang.foundation.pretraining.config import SpikesConfig
 from seodang.foundation.pretraining.expert_parallel import spread_experts
-from seodang.foundation.pretraining.experts import grouped_experts
 from seodang.foundation.pretraining.module import Pretraining
 from seodang.foundation.pretraining.optimizers import make_optimizers
 from seodang.foundation.pretraining.pretrain import pretrain
@@ -37,56 +36,6 @@ def made(tmp_path_factory):
 
 def changed(**keys):
     return CONFIG.model_copy(update=keys)
-
-
-# Experts
-
-
-@given(st.integers(1, 80), st.integers(0, 9), st.integers(1, 8))
-@example(300, 0, 8)  # many rows of every expert
-@settings(deadline=None, max_examples=15)
-def test_the_experts_are_those_of_the_formula(tokens, seed, used):
-    """Outputs and gradients against float64, expert by expert; most experts may have no token."""
-    from transformers.models.axk1.modeling_axk1 import AXK1Experts
-
-    torch.manual_seed(seed)
-    experts = AXK1Experts(hf_config(MODEL, MODEL.vocabulary))
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    top_k = min(2, used)
-    chosen = torch.rand(tokens, used).topk(top_k).indices
-    x, weights = torch.randn(tokens, MODEL.hidden_size), torch.rand(tokens, top_k)
-    direction = torch.randn(tokens, MODEL.hidden_size)
-
-    def by_formula(x, gate_up, down, weights):
-        rows = []
-        for t in range(tokens):
-            parts = []
-            for k in range(top_k):
-                e = int(chosen[t, k])
-                gate, up = (gate_up[e] @ x[t]).chunk(2)
-                parts.append(weights[t, k] * (down[e] @ (torch.nn.functional.silu(gate) * up)))
-            rows.append(sum(parts))
-        return torch.stack(rows)
-
-    def gradients(function, dtype):
-        inputs = [x, experts.gate_up_proj, experts.down_proj, weights]
-        inputs = [i.detach().to(dtype).requires_grad_() for i in inputs]
-        found = function(*inputs)
-        (found * direction.to(dtype)).sum().backward()
-        return [found.detach(), *(i.grad for i in inputs)]
-
-    class Parameters:
-        pass
-
-    def ours(x, gate_up, down, weights):
-        parameters = Parameters()
-        parameters.gate_up_proj, parameters.down_proj = gate_up, down
-        return grouped_experts(parameters, x, chosen, weights)
-
-    expected = gradients(by_formula, torch.float64)
-    for one, other in zip(gradients(ours, torch.float32), expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
 # Optimizers

@@ -20,6 +20,7 @@ import torch
 
 from seodang.artifact import canonical_json, sha256_bytes, sha256_file
 from seodang.errors import InputError
+from seodang.training.experts import use_grouped_experts
 from seodang.training.latent_decoding import use_latent_decoding
 from seodang.training.products import product, use_fast_products
 
@@ -156,6 +157,7 @@ class CausalLM:
         model = model.to(device or default_device()).eval()
         use_latent_decoding(model)
         use_fast_products(model)
+        use_grouped_experts(model)
         found = cls(model, tokenizer)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= found.vocab_size:

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from seodang.causal_lm import CausalLM, length_batches
-from seodang.foundation.pretraining.experts import use_grouped_experts
 from seodang.student.generate import sample
+from seodang.training.experts import use_grouped_experts
 
 BATCH_TOKENS = 32_768  # of prompts and answers that are in the cache at a time
 SCORED_TOKENS = 4096  # of one forward pass

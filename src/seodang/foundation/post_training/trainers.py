@@ -21,7 +21,6 @@ import torch
 from seodang.artifact import Artifact, Draft, write_atomically
 from seodang.causal_lm import CausalLM, copy_tokenizer, load_tokenizer, quiet_transformers
 from seodang.errors import InputError, WorkFailed
-from seodang.foundation.pretraining.experts import use_grouped_experts
 from seodang.progress import track
 
 if TYPE_CHECKING:
@@ -67,8 +66,6 @@ def shared_arguments(
 def load(model: Artifact, folder: Path) -> CausalLM:
     """The model to train in float32: as the last checkpoint below ``folder`` has it, if there is.
 
-    Its experts are grouped as in pretraining, which is faster than as transformers has them.
-
     A resuming trainer reads the checkpoint itself, but by the names in memory and without minding
     what is missing: packed experts, which are saved one by one, would silently stay as they were.
     """
@@ -76,7 +73,6 @@ def load(model: Artifact, folder: Path) -> CausalLM:
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     loaded = CausalLM.load(model.path if checkpoint is None else checkpoint)
     loaded.tokenizer = load_tokenizer(model.path)
-    use_grouped_experts(loaded.model)
     return loaded
 
 

@@ -9,10 +9,10 @@ import torch
 from seodang.foundation.model_config import ModelConfig, hf_config
 from seodang.foundation.pretraining.balance import Balance
 from seodang.foundation.pretraining.batches import TokenBatch
-from seodang.foundation.pretraining.experts import use_grouped_experts
 from seodang.foundation.pretraining.mtp import MultiTokenPrediction, shifted
 from seodang.student.losses import sparse_kd_terms
 from seodang.training.attention import use_packed_attention
+from seodang.training.experts import use_grouped_experts
 from seodang.training.products import use_fast_products
 
 
