@@ -27,7 +27,6 @@ from seodang.foundation.post_training.problem import MODES, Mode
 from seodang.foundation.post_training.reasoning_data import Problem, read_problems
 from seodang.foundation.post_training.rewards import reward
 from seodang.student.generate import sample
-from seodang.training.experts import use_grouped_experts
 
 AT_ONCE = 128  # answers of one backward pass
 SCALE = 1.25  # by which the logits are multiplied, or divided
@@ -44,7 +43,6 @@ def main() -> None:
     options = parser.parse_args()
 
     model = CausalLM.load(options.run / "overlap")
-    use_grouped_experts(model.model)
     data = Artifact.open(options.run / "data")
     held_out = read_problems(data, "held-out")
     asked = (options.mode, options.answers, options.max_new_tokens)

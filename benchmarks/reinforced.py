@@ -20,7 +20,6 @@ from seodang.artifact import Artifact
 from seodang.causal_lm import CausalLM
 from seodang.foundation.post_training.problem import MODES
 from seodang.foundation.post_training.reasoning_data import read_problems
-from seodang.training.experts import use_grouped_experts
 
 
 def main() -> None:
@@ -37,8 +36,6 @@ def main() -> None:
         CausalLM.load(path)
         for path in (options.run / "overlap", options.after or options.run / "policy")
     ]
-    for model in models:
-        use_grouped_experts(model.model)
     for temperature in options.temperatures:
         for mode in MODES:
             before, after = (

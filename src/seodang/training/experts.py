@@ -49,12 +49,11 @@ def use_grouped_experts(model: torch.nn.Module) -> None:
 
 def _is_swiglu(experts: Any) -> bool:
     from transformers.activations import ACT2FN
-    from transformers.integrations.moe import _default_apply_gate
 
-    plain = experts.has_gate and type(experts)._apply_gate is _default_apply_gate
     other = ("has_bias", "is_transposed", "has_post_expert_norm")
     return (
-        plain
+        experts.has_gate
+        and experts._apply_gate.__name__ == "_default_apply_gate"
         and not any(getattr(experts, key, False) for key in other)
         and isinstance(experts.act_fn, (torch.nn.SiLU, type(ACT2FN["silu"])))
     )
