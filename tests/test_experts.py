@@ -1,12 +1,14 @@
 """The routed experts' products: against the formula in float64, and which models get them."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seodang.foundation.model_config import hf_config
-from seodang.training.experts import EXPERTS, grouped_experts, use_grouped_experts
+from seodang.training.experts import EXPERTS, LEAST_ROWS, grouped_experts, use_grouped_experts
 from tiny_foundation import MODEL
 
 
@@ -54,10 +56,12 @@ def test_the_experts_are_those_of_the_formula(tokens, seed, used):
         return grouped_experts(parameters, x, chosen, weights)
 
     expected = gradients(by_formula, torch.float64)
-    for one, other in zip(gradients(ours, torch.float32), expected, strict=True):
+    with patch.dict(LEAST_ROWS, dict.fromkeys(LEAST_ROWS, 0)):
+        exact = gradients(ours, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            coarse = gradients(ours, torch.float32)
+    for one, other in zip(exact, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        coarse = gradients(ours, torch.float32)
     for one, other in zip(coarse, expected, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() < 0.03 * other.norm()
@@ -78,7 +82,10 @@ def test_experts_that_are_not_trained_have_no_gradient(precision):
         x, weights = torch.ones(50, MODEL.hidden_size), torch.ones(50, 2)
         x.requires_grad_()
         weights.requires_grad_()
-        with torch.autocast("cpu", precision, precision == torch.bfloat16):
+        with (
+            patch.dict(LEAST_ROWS, {precision: 0}),
+            torch.autocast("cpu", precision, precision == torch.bfloat16),
+        ):
             grouped_experts(experts, x, chosen, weights).sum().backward()
         assert (experts.gate_up_proj.grad is not None) == trained
         experts.zero_grad(set_to_none=True)
@@ -112,3 +119,22 @@ def test_only_experts_of_the_formula_are_exchanged():
     assert plain.config._experts_implementation == EXPERTS
     assert with_biases.config._experts_implementation != EXPERTS
     assert dense.config._experts_implementation != EXPERTS
+
+
+def test_few_tokens_are_those_of_transformers():
+    """Where an expert has hardly a row, and where it has many, to the same figures."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+    from transformers.models.axk1.modeling_axk1 import AXK1Experts
+
+    torch.manual_seed(0)
+    experts = AXK1Experts(hf_config(MODEL, MODEL.vocabulary))
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    many = LEAST_ROWS[torch.float32] * MODEL.experts // 2
+    for tokens in (1, many - 1, many):
+        chosen = torch.rand(tokens, MODEL.experts).topk(2).indices
+        x, weights = torch.randn(tokens, MODEL.hidden_size), torch.rand(tokens, 2)
+        found = grouped_experts(experts, x, chosen, weights)
+        theirs = grouped_mm_experts_forward(experts, x, chosen, weights)
+        assert torch.equal(found, theirs) == (tokens < many)
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)

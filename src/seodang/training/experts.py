@@ -7,13 +7,14 @@ a product of that size is done before it is well begun, so that ``TOGETHER`` exp
 many rows share one, padded to those of the busiest.
 
 oneDNN compiles a kernel for every shape it meets: rows are padded to a multiple of ``ROWS``, so
-that few shapes occur, or of ``FEW_ROWS`` where there are so few that padding would be most of the
-work, as when a token is generated at a time. Elsewhere than on the CPU it hands over to
-``grouped_mm``. ``python benchmarks/experts.py`` compares the two.
+that few shapes occur. That pays where an expert has many rows: below ``LEAST_ROWS`` of them, as
+when a token is generated at a time, and elsewhere than on the CPU, ``grouped_mm`` computes.
+``python benchmarks/experts.py`` compares the two.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from seodang.training.products import linear
 
 EXPERTS = "seodang_grouped"
 ROWS = 32
-FEW_ROWS = 8
+LEAST_ROWS = {torch.float32: 128, torch.bfloat16: 16}  # of an expert, on average
 TOGETHER = 8  # more gain nothing, and leave the cache
 
 Stack = torch.Tensor | list[torch.Tensor]
@@ -66,7 +67,8 @@ def grouped_experts(
     dtype = hidden_TH.dtype
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    if hidden_TH.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    least = LEAST_ROWS.get(dtype, math.inf) * len(experts.down_proj)
+    if hidden_TH.device.type != "cpu" or chosen_TK.numel() < least:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         found: torch.Tensor = grouped_mm_experts_forward(experts, hidden_TH, chosen_TK, weights_TK)
@@ -121,8 +123,10 @@ class _Experts(torch.autograd.Function):
         grad_SH = grad_TH.index_select(0, token_S)
         grad_x_SH, grad_weight_S1 = torch.empty_like(x_SH), torch.empty_like(weight_S1)
         wants_gate_up, wants_down = ctx.needs_input_grad[1:3]
-        grad_gate_up_EFH = torch.zeros_like(gate_up_EFH) if wants_gate_up else None
-        grad_down_EHI = torch.zeros_like(down_EHI) if wants_down else None
+        every = sum(len(group.members) for group in ctx.groups) == len(down_EHI)
+        new = torch.empty_like if every else torch.zeros_like
+        grad_gate_up_EFH = new(gate_up_EFH) if wants_gate_up else None
+        grad_down_EHI = new(down_EHI) if wants_down else None
         tensors = (x_SH, gate_up_SF, grad_SH, weight_S1, grad_x_SH, grad_weight_S1)
         for group, (w1, w2) in zip(ctx.groups, ctx.weights, strict=True):
             x, gate_up, grad, weight, grad_x, grad_weight = map(group.rows, tensors)
@@ -200,12 +204,11 @@ def _group(
     order = torch.from_numpy(np.argsort(pairs.numpy().astype(np.uint16), kind="stable"))
     counts_E = torch.bincount(pairs, minlength=experts)
     busiest_E = counts_E.argsort(descending=True, stable=True)[: int((counts_E > 0).sum())]
-    multiple = ROWS if len(pairs) >= ROWS * experts else FEW_ROWS
     groups: list[_Group] = []
     begin_E = torch.zeros_like(counts_E)
     end = 0
     for members_G in busiest_E.split(TOGETHER):
-        rows = -(-int(counts_E[members_G[0]]) // multiple) * multiple
+        rows = -(-int(counts_E[members_G[0]]) // ROWS) * ROWS
         begin_E[members_G] = end + rows * torch.arange(len(members_G))
         groups.append(_Group(members_G.tolist(), end, end + rows * len(members_G)))
         end = groups[-1].end
