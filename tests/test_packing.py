@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
@@ -234,6 +234,7 @@ def test_every_family_gives_what_it_gives_alone(kind):
     values=st.sampled_from([8, 16]),
     seed=st.integers(0, 2**16),
 )
+@example(lengths=[1], heads=(6, 2), values=16, seed=1)
 def test_bfloat16_attention_on_a_cpu_loses_no_more_than_its_rounding(lengths, heads, values, seed):
     """Scores and sums are float32 there, under autocast too: one rounding at the end."""
     draw = torch.Generator().manual_seed(seed)
@@ -251,7 +252,6 @@ def test_bfloat16_attention_on_a_cpu_loses_no_more_than_its_rounding(lengths, he
     found.backward(upstream)
     want.backward(upstream.double())
     for ours, theirs in zip(half, exact, strict=True):
-        largest = float(theirs.grad.abs().max())
-        torch.testing.assert_close(
-            ours.grad.double(), theirs.grad, rtol=2**-8, atol=2**-7 * largest
-        )
+        # Where a query sees one key its exact gradient is zero.
+        atol = max(2**-7 * float(theirs.grad.abs().max()), 1e-6)
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2**-8, atol=atol)
