@@ -32,8 +32,11 @@ from seodang.foundation.pretraining.module import Pretraining
 from seodang.foundation.pretraining.optimizers import make_optimizers
 from seodang.foundation.pretraining.pretrain import pretrain
 from seodang.foundation.pretraining.tokens import TokenStore
+from seodang.foundation.recipe import load_foundation_recipe
 from seodang.training.log import SPEED, read_rows
 from seodang.training.parallel import Processes
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "foundation-nano.yaml"
 
 
 def dense(moe: ModelConfig) -> ModelConfig:
@@ -57,20 +60,21 @@ def active_parameters(config: ModelConfig, module: Pretraining) -> int:
 
 
 def main() -> None:
+    nano = load_foundation_recipe(RECIPE).pretraining
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a foundation run, for its tokens and its tokenizer")
     parser.add_argument("--preset", default="laptop-nano")
-    parser.add_argument("--train-tokens", type=int, default=5_000_000)
-    parser.add_argument("--batch-tokens", type=int, default=8192)
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
-    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
-    parser.add_argument("--bias-rate", type=float, default=0.005)
-    parser.add_argument("--balance-weight", type=float, default=BalancingConfig().weight)
+    parser.add_argument("--train-tokens", type=int, default=nano.tokens)
+    parser.add_argument("--batch-tokens", type=int, default=nano.batch_tokens)
+    parser.add_argument("--micro-batch-tokens", type=int, default=nano.micro_batch_tokens)
+    parser.add_argument("--learning-rate", type=float, default=nano.learning_rate)
+    parser.add_argument("--bias-rate", type=float, default=nano.balancing.rate)
+    parser.add_argument("--balance-weight", type=float, default=nano.balancing.weight)
     parser.add_argument("--only", nargs="*", default=["moe", "dense"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--steps", type=int, default=6, help="of --speed")
-    parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--precision", default=nano.precision, choices=["bfloat16", "float32"])
     options = parser.parse_args()
 
     moe = ModelConfig(preset=options.preset)

@@ -29,16 +29,15 @@ def test_the_experts_are_those_of_the_formula(tokens, seed, used):
     x, weights = torch.randn(tokens, MODEL.hidden_size), torch.rand(tokens, top_k)
     direction = torch.randn(tokens, MODEL.hidden_size)
 
+    def unweighted(x, gate_up, down):
+        found = []
+        for pair, e in enumerate(chosen.flatten()):
+            gate, up = (gate_up[e] @ x[pair // top_k]).chunk(2)
+            found.append(down[e] @ (torch.nn.functional.silu(gate) * up))
+        return torch.stack(found).unflatten(0, (tokens, top_k))
+
     def by_formula(x, gate_up, down, weights):
-        rows = []
-        for t in range(tokens):
-            parts = []
-            for k in range(top_k):
-                e = int(chosen[t, k])
-                gate, up = (gate_up[e] @ x[t]).chunk(2)
-                parts.append(weights[t, k] * (down[e] @ (torch.nn.functional.silu(gate) * up)))
-            rows.append(sum(parts))
-        return torch.stack(rows)
+        return (weights[..., None] * unweighted(x, gate_up, down)).sum(1)
 
     def gradients(function, dtype):
         inputs = [x, experts.gate_up_proj, experts.down_proj, weights]
@@ -62,9 +61,14 @@ def test_the_experts_are_those_of_the_formula(tokens, seed, used):
             coarse = gradients(ours, torch.float32)
     for one, other in zip(exact, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
-    for one, other in zip(coarse, expected, strict=True):
+    sizes = [other.norm() for other in expected]
+    # The terms of a weight's gradient may cancel, so the error is measured by their size.
+    with torch.no_grad():
+        given = (t.double() for t in (x, experts.gate_up_proj, experts.down_proj))
+        sizes[-1] = (direction.norm(dim=1)[:, None] * unweighted(*given).norm(dim=2)).norm()
+    for one, other, size in zip(coarse, expected, sizes, strict=True):
         assert one.dtype == torch.float32
-        assert (one - other).norm() < 0.03 * other.norm()
+        assert (one - other).norm() < 0.03 * size
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -97,9 +97,10 @@ class _Experts(torch.autograd.Function):
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         groups, pair_S, slot_TK = _group(chosen_TK, len(down_EHI))
-        token_S = pair_S.clamp(min=0) // chosen_TK.shape[1]
-        # Padding has weight 0: whatever token it stands for, it adds nothing.
-        weight_S = weights_TK.reshape(-1)[pair_S.clamp(min=0)].masked_fill_(pair_S < 0, 0.0)
+        # Padding stands for the first pair, with weight 0: it adds nothing.
+        real_S = pair_S.clamp(min=0)
+        token_S = real_S // chosen_TK.shape[1]
+        weight_S = weights_TK.reshape(-1)[real_S].masked_fill_(pair_S < 0, 0.0)
         weight_S1 = weight_S[:, None]
         x_SH = x_TH.index_select(0, token_S)
         gate_up_SF = x_SH.new_empty(len(token_S), gate_up_EFH.shape[1])
@@ -163,7 +164,7 @@ class _Group(NamedTuple):
         return tensor_SX[self.begin : self.end].view(shape)
 
     def weights(self, weight_ENK: torch.Tensor, dtype: torch.dtype) -> Stack:
-        """This group's weights: views where they have ``dtype``, else a tensor (G, N, K)."""
+        """This group's weights: views in float32, else a tensor (G, N, K)."""
         if weight_ENK.dtype == torch.float32 == dtype:
             return [weight_ENK[member] for member in self.members]
         shape = (len(self.members), *weight_ENK.shape[1:])
