@@ -89,6 +89,17 @@ def test_every_stage_is_an_artifact(built: tuple[Path, dict[str, Any]]) -> None:
     assert report["pretraining"] == result["pretraining"]
 
 
+def test_the_card_says_what_the_teacher_is_and_read(built: tuple[Path, dict[str, Any]]) -> None:
+    teacher = Path(built[1]["teacher"])
+    card = (teacher / "README.md").read_text("utf-8")
+    assert f"{built[1]['pretraining']['held_out_nats_per_byte']['ko']:.3f}" in card
+    assert "](routing.svg)" in card
+    assert "busiest expert" in (teacher / "routing.svg").read_text()
+    for source in Artifact.open(teacher).manifest.sources:
+        assert f"| {source.name} |" in card
+    assert "## Two modes" not in card  # it was not post-trained
+
+
 def test_the_teacher_is_a_plain_directory_of_transformers(
     built: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -190,6 +201,12 @@ def test_from_raw_text_to_a_released_student(tmp_path: Path) -> None:
     assert [row["step"] for row in report["post_training"]] == [
         *("instruct", "reasoning", "merged", "overlap", "policy")
     ]
+    teacher = Artifact.open(out / "foundation" / "teacher")
+    # What it read before its post-training is not forgotten.
+    assert [source.license for source in teacher.manifest.sources] == ["CC0-1.0", "Apache-2.0"]
+    policy = report["post_training"][-1]["think"]
+    row = f"| policy | think | {policy['obeyed']:.1%} | {policy['accuracy']:.1%} |"
+    assert row in (teacher.path / "README.md").read_text("utf-8")
     assert json.loads((out / "student" / "config.json").read_text())["model_type"] == "llama"
     parity = json.loads((out / "release" / "gguf-parity.json").read_text())
     assert parity["chat_template"]["mismatches"] == 0

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import MANIFEST, Artifact, begin, write_json
+from seodang.artifact import MANIFEST, Artifact, begin, new_sources, write_json
 from seodang.causal_lm import copy_tokenizer
 from seodang.errors import InputError
+from seodang.foundation import teacher_card
 from seodang.foundation.recipe import FoundationRecipe
 from seodang.foundation.vllm_checkpoint import add_what_vllm_reads
 from seodang.packages import open_package
@@ -92,7 +93,7 @@ def _build(recipe: FoundationRecipe, folder: Path, out: Path) -> Built:
         stage.done |= {f"post-training/{name}": made for name, made in after.done.items()}
         built.measured = trained.measured
         last = trained.model
-    stage("teacher", lambda path: _teacher(built, last, recipe.model.dense_layers, path))
+    stage("teacher", lambda path: _teacher(recipe, built, base, last, path))
     return built
 
 
@@ -115,19 +116,29 @@ def pretrain_alone(recipe: FoundationRecipe, out: Path) -> Artifact:
         return pretrain(recipe.pretraining, recipe.model, tokens, tokenizer, out / "base")
 
 
-def _teacher(built: Built, last: Artifact, dense_layers: int, out: Path) -> Artifact:
-    """The last model's directory without the traces of its training, and what was measured.
+def _teacher(
+    recipe: FoundationRecipe, built: Built, base: Artifact, last: Artifact, out: Path
+) -> Artifact:
+    """The last model's directory without the traces of its training; its card, what was measured.
 
     In it is also what vLLM reads of a model of this design and ``transformers`` does not write.
     """
-    draft = begin(out, "teacher", {}, {"model": last.digest})
+    from seodang.foundation.pretraining.pretrain import ROUTING
+
+    draft = begin(out, "teacher", {"card": teacher_card.VERSION}, {"model": last.digest})
     if isinstance(draft, Artifact):
         return draft
     copy_tokenizer(last.path, out)
     model = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
     for file in sorted(file for pattern in model for file in last.path.glob(pattern)):
         shutil.copyfile(file, out / file.name)
-    add_what_vllm_reads(out, dense_layers)
+    add_what_vllm_reads(out, recipe.model.dense_layers)
+    if (base.path / ROUTING).exists():
+        shutil.copyfile(base.path / ROUTING, out / ROUTING)
     report = {"pretraining": built.pretraining, "post_training": built.post_training}
     write_json(out / REPORT, report)
-    return draft.finish(sources=last.manifest.sources)
+    known = base.manifest.sources
+    sources = [*known, *new_sources(last.manifest.sources, known)]
+    text = teacher_card.teacher_card(recipe, report, sources)
+    (out / teacher_card.CARD).write_text(text, encoding="utf-8")
+    return draft.finish(sources=sources)
