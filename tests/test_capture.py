@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from seodang.artifact import Draft, write_atomically
 from seodang.causal_lm import CausalLM
-from seodang.corpus.sequences import TokenSequence
+from seodang.corpus.sequences import TokenSequence, labelled_throughout
 from seodang.errors import InputError, WorkFailed
 from seodang.recipe import SoftLabelsConfig
 from seodang.softlabels import capture as capture_module
@@ -101,6 +101,30 @@ def test_the_labels_are_the_teachers(teacher, tmp_path, estimator, layout):
                 assert (weight[~exact] == np.float32(0.05)).all()
                 mass = row[head].sum()
                 assert found.head_mass[index] == pytest.approx(mass, abs=HEAD_MASS_STEP / 2 + 1e-3)
+
+
+def test_inputs_are_labelled_too_if_asked_for(teacher, tmp_path):
+    """As if every position had been wanted; but what nobody answers is still refused."""
+    items = sequences(5)
+    asked = SoftLabelsConfig(estimator="top-k", k=4, inputs=True)
+    plain = SoftLabelsConfig(estimator="top-k", k=4)
+    whole = [labelled_throughout(item) for item in items]
+    assert any(len(item.labelled) < len(item.token_ids) for item in items)
+    capture(teacher, items, asked, tmp_path / "asked")
+    capture(teacher, whole, plain, tmp_path / "whole")
+    for found, item in zip(open_store(tmp_path / "asked"), items, strict=True):
+        np.testing.assert_array_equal(found.labelled, np.arange(len(item.token_ids)))
+    one, other = content(tmp_path / "asked"), content(tmp_path / "whole")
+    assert one.keys() == other.keys()
+    assert all(one[name] == other[name] for name in one if name.endswith(".parquet"))
+    nothing = np.empty(0, np.int32)
+    empty = [TokenSequence("no answer", items[0].token_ids, nothing)]
+    with pytest.raises(InputError, match="no answer"):
+        capture(teacher, empty, asked, tmp_path / "empty")
+    stores = {tmp_path / "one": asked, tmp_path / "two": plain}
+    with pytest.raises(InputError, match=r"soft_labels\.inputs"):
+        capture_each(teacher, items, stores)
+    assert not list(tmp_path.glob("two*"))
 
 
 def test_labels_are_not_shifted(teacher, tmp_path):

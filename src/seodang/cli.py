@@ -334,6 +334,9 @@ def capture(
         int | None, typer.Option(min=1, help="Cut documents into windows of so many tokens.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    inputs: Annotated[
+        bool, typer.Option("--inputs", help="Label what the assistant reads, too.")
+    ] = False,
     unusable: Annotated[
         str, typer.Option(help="A sequence that cannot be labelled: refuse, or skip it.")
     ] = "refuse",
@@ -352,6 +355,7 @@ def capture(
         draws=draws,
         layout=layout,
         seed=seed,
+        inputs=inputs,
         unusable=unusable,
     )
     from seodang.corpus.readers import read_jsonl

@@ -232,6 +232,7 @@ class SoftLabelsConfig(Section):
     )
     layout: Layout = Field("fast", description="records to slice (fast), or entropy-coded (small)")
     seed: int = Field(0, ge=0, description="of the draws")
+    inputs: bool = Field(False, description="label what the assistant of a conversation reads, too")
     unusable: Literal["refuse", "skip"] = Field(
         "refuse",
         description="what to do with a sequence that cannot be labelled: stop, or report and go on",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -47,6 +47,11 @@ class TokenSequence:
         """SHA-256, in hexadecimal, of the token ids, ``|`` and the labelled positions (as <i4)."""
         token_ids, labelled = (a.astype("<i4").tobytes() for a in (self.token_ids, self.labelled))
         return hashlib.sha256(token_ids + b"|" + labelled).hexdigest()
+
+
+def labelled_throughout(sequence: TokenSequence) -> TokenSequence:
+    """The sequence with the label of every position wanted, whoever speaks."""
+    return replace(sequence, labelled=np.arange(len(sequence.token_ids), dtype=np.int32))
 
 
 def observed_tokens(sequence: Labelled) -> npt.NDArray[np.int64]:

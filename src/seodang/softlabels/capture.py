@@ -24,7 +24,7 @@ from seodang.artifact import (
     write_json,
 )
 from seodang.causal_lm import tokenizer_fingerprint
-from seodang.corpus.sequences import TokenSequence
+from seodang.corpus.sequences import TokenSequence, labelled_throughout
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import say, track
 from seodang.recipe import SoftLabelsConfig
@@ -91,12 +91,20 @@ def capture_each(
     """As :func:`capture`, for several stores in one pass over the teacher, in their order.
 
     Each store holds the bytes that a capture of its own would have written, and each resumes by
-    itself: the teacher sees the sequences of a shard if any store is without it.
+    itself: the teacher sees the sequences of a shard if any store is without it. Raises
+    ``InputError``, besides what :func:`capture` raises, if not all have the same ``inputs``.
 
     ``shard_made`` is told the labelled tokens of a shard before its files are written.
     """
     if not sequences:
         raise InputError("nothing to capture: the corpus has no sequence with a labelled token")
+    if len({config.inputs for config in stores.values()}) > 1:
+        raise InputError(
+            "soft_labels.inputs: stores of one capture label the same positions; set it for all or "
+            "for none, and capture twice"
+        )
+    if any(config.inputs for config in stores.values()):
+        sequences = [labelled_throughout(s) if len(s.labelled) else s for s in sequences]
     if any(config.unusable == "refuse" for config in stores.values()):
         for sequence in sequences:
             if reason := why_unusable(sequence, teacher.max_length):
