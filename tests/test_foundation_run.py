@@ -202,8 +202,10 @@ def test_from_raw_text_to_a_released_student(tmp_path: Path) -> None:
         *("instruct", "reasoning", "merged", "overlap", "policy")
     ]
     teacher = Artifact.open(out / "foundation" / "teacher")
-    # What it read before its post-training is not forgotten.
-    assert [source.license for source in teacher.manifest.sources] == ["CC0-1.0", "Apache-2.0"]
+    # What it read before its post-training is not forgotten, by no step.
+    steps = [out / "foundation" / "post-training" / row["step"] for row in report["post_training"]]
+    for made in (teacher, *map(Artifact.open, steps)):
+        assert [source.license for source in made.manifest.sources] == ["CC0-1.0", "Apache-2.0"]
     policy = report["post_training"][-1]["think"]
     row = f"| policy | think | {policy['obeyed']:.1%} | {policy['accuracy']:.1%} |"
     assert row in (teacher.path / "README.md").read_text("utf-8")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seodang.artifact import MANIFEST, Artifact, begin, new_sources, write_json
+from seodang.artifact import MANIFEST, Artifact, begin, write_json
 from seodang.causal_lm import copy_tokenizer
 from seodang.errors import InputError
 from seodang.foundation import teacher_card
@@ -137,8 +137,7 @@ def _teacher(
         shutil.copyfile(base.path / ROUTING, out / ROUTING)
     report = {"pretraining": built.pretraining, "post_training": built.post_training}
     write_json(out / REPORT, report)
-    known = base.manifest.sources
-    sources = [*known, *new_sources(last.manifest.sources, known)]
+    sources = last.manifest.sources
     text = teacher_card.teacher_card(recipe, report, sources)
     (out / teacher_card.CARD).write_text(text, encoding="utf-8")
     return draft.finish(sources=sources)

@@ -106,7 +106,7 @@ def fine_tune(
     )
     fit(trainer, loaded, draft, f"Fine-tuning ({', '.join(modes)})", steps)
     copy_tokenizer(model.path, draft.path)
-    return finish(draft, data, {"problems": len(problems), "examples": len(examples)})
+    return finish(draft, model, data, {"problems": len(problems), "examples": len(examples)})
 
 
 def completion_loss(

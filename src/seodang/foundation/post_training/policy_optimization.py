@@ -103,7 +103,9 @@ def optimize_policy(
     )
     fit(trainer, loaded, draft, "Reinforcement learning", arguments.max_steps)
     copy_tokenizer(model.path, draft.path)
-    return finish(draft, data, {"instructions": len(problems), "answers": batch * policy.rounds})
+    return finish(
+        draft, model, data, {"instructions": len(problems), "answers": batch * policy.rounds}
+    )
 
 
 def in_turns(problems: Sequence[Problem], count: int) -> list[Problem]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from seodang.artifact import Artifact, Draft, write_atomically
+from seodang.artifact import Artifact, Draft, new_sources, write_atomically
 from seodang.causal_lm import CausalLM, copy_tokenizer, load_tokenizer, quiet_transformers
 from seodang.errors import InputError, WorkFailed
 from seodang.progress import track
@@ -159,6 +159,8 @@ def copy_model_files(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def finish(draft: Draft, data: Artifact, summary: dict[str, Any] | None = None) -> Artifact:
-    """The finished stage, without its checkpoints."""
-    return draft.finish(sources=data.manifest.sources, summary=summary, temporary=[CHECKPOINTS])
+def finish(draft: Draft, model: Artifact, data: Artifact, summary: dict[str, Any]) -> Artifact:
+    """The finished stage, without its checkpoints; its sources are those of both."""
+    known = model.manifest.sources
+    sources = [*known, *new_sources(data.manifest.sources, known)]
+    return draft.finish(sources=sources, summary=summary, temporary=[CHECKPOINTS])
