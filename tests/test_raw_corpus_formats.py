@@ -48,6 +48,32 @@ def test_western_text_in_cp1252_is_not_taken_for_korean() -> None:
     assert decode(text.encode("cp1252"), "a.txt").text == text
 
 
+@pytest.mark.parametrize("encoding", ["euc-kr", "cp949"])
+@pytest.mark.parametrize(
+    "text",
+    ["## 자주 묻는 질문\n", "- 사용가능한 API\n", "\n좋은 결론 예시:\n", "0.1씩 감소\n"],
+)
+def test_short_korean_is_read_whatever_markup_it_stands_in(text: str, encoding: str) -> None:
+    assert decode(text.encode(encoding), "a.txt").text == text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("gb2312", "中华人民共和国是一个社会主义国家，首都北京。"),
+        ("big5", "這是一個用繁體中文寫成的句子，用來測試。"),
+        ("euc_jp", "日本語の文章です。これはテストです。"),
+        ("shift_jis", "日本語の文章です。これはテストです。"),
+    ],
+)
+def test_other_languages_are_not_taken_for_korean(encoding: str, text: str) -> None:
+    try:
+        decoded = decode(text.encode(encoding) * 5, "a.txt")
+    except InputError:
+        return
+    assert decoded.encoding != "cp949"
+
+
 def test_a_file_that_mixes_encodings_is_refused_with_line_and_byte() -> None:
     mixed = KOREAN.encode() + "셋째 줄은 다릅니다\n".encode("cp949") + KOREAN.encode()
     at = len(KOREAN.encode())

@@ -1,13 +1,15 @@
 """Bytes to text: UTF-8, and what Korean files were written in before it.
 
-UTF-8 is tried first, strictly: hardly any text in another encoding passes for it. EUC-KR is read
-as CP949, which contains it. Anything else is left to charset-normalizer, which must find that the
-decoded text makes sense. What none of them can read is refused with the byte, never guessed.
+UTF-8 is tried first, strictly: hardly any text in another encoding passes for it. Then CP949, which
+contains EUC-KR: the text must be Korean, in syllables that EUC-KR has. Anything else is left to
+charset-normalizer, which must find that the decoded text makes sense (of short lists and tables in
+CP949 it often does not). What none of them can read is refused with the byte, never guessed.
 """
 
 from __future__ import annotations
 
 import codecs
+from collections import Counter
 from dataclasses import dataclass
 
 from seodang.errors import InputError
@@ -20,6 +22,7 @@ _MARKS = {
 _KOREAN = ("cp949", "johab", "utf_16_le", "utf_16_be")
 _WESTERN = ("cp1252", "latin_1", "iso8859_15", "mac_roman")
 _SAMPLE = 200_000  # bytes that charset-normalizer looks at
+_SYLLABLES = 0.75  # of the characters beyond ASCII; read as CP949, text of others has far fewer
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def decode(data: bytes, where: str, encoding: str | None = None) -> Decoded:
     try:
         return Decoded(data.decode("utf-8"), "utf-8")
     except UnicodeDecodeError as error:
+        if _is_korean(data):
+            return Decoded(_strictly(data, "cp949", where), "cp949")
         _refuse_mixed(data, error, where)
         found = _detected(data)
         if found is None:
@@ -59,6 +64,25 @@ def _strictly(data: bytes, encoding: str, where: str) -> str:
         raise _refusal(data, error.start, where, f"is not {encoding}") from None
     except LookupError:
         raise InputError(f"{where}: there is no encoding {encoding!r}") from None
+
+
+def _is_korean(data: bytes) -> bool:
+    """Whether the bytes are CP949 and nearly all of it are the 2,350 syllables of EUC-KR.
+
+    Text in another encoding seldom is valid CP949, and if it is, gives Hanja and syllables that
+    nobody writes.
+    """
+    try:
+        text = data.decode("cp949")
+    except UnicodeDecodeError:
+        return False
+    beyond = {character: n for character, n in Counter(text).items() if not character.isascii()}
+    syllables = sum(
+        n
+        for character, n in beyond.items()
+        if "가" <= character <= "힣" and len(character.encode("euc-kr")) == 2
+    )
+    return syllables >= _SYLLABLES * sum(beyond.values())
 
 
 def _detected(data: bytes) -> str | None:
