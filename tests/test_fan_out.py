@@ -188,6 +188,7 @@ def test_a_local_cluster_of_which_a_worker_is_killed_gives_the_bytes_of_one_proc
     done = seodang(
         *("capture", "--teacher", teacher.directory, "--corpus", corpus, "--json"),
         *("--out", tmp_path / "many", "--ray", "local", "--unusable", "skip"),
+        *("--precision", "bfloat16"),
         env={MARK: mark},
     )
     killer.stopped.set()
@@ -203,7 +204,8 @@ def test_a_local_cluster_of_which_a_worker_is_killed_gives_the_bytes_of_one_proc
     sources = open_store(tmp_path / "many").artifact.manifest.sources
     items = tokenize_all(read_jsonl(corpus), teacher.tokenizer, sys.maxsize)
     skip = SoftLabelsConfig(unusable="skip")
-    capture(teacher, items, skip, tmp_path / "one", sources=sources)
+    half = LocalTeacher(teacher.directory, "bfloat16")
+    capture(half, items, skip, tmp_path / "one", sources=sources)
     assert len(shards(tmp_path / "one")) > 2
     assert shards(tmp_path / "many") == shards(tmp_path / "one")
     assert json.loads(done.stdout)["sequences"] == len(open_store(tmp_path / "one"))

@@ -227,6 +227,13 @@ WRONG = {
         changed("  path: teacher", "  path: teacher\n  server: http://127.0.0.1:8000/v1"),
         "recipe.yaml:18: `teacher`: `server` and `model` belong together",
     ),
+    "server whose precision is asked for": (
+        changed(
+            "  path: teacher",
+            "  path: teacher\n  server: http://127.0.0.1:80/v1\n  model: m\n  precision: bfloat16",
+        ),
+        "recipe.yaml:18: `teacher`: a server computes as it was started: leave `precision` out",
+    ),
     "server that is none": (
         changed("  path: teacher", "  path: teacher\n  server: 127.0.0.1\n  model: m"),
         "recipe.yaml:20: `teacher.server`: String should match pattern",

@@ -34,6 +34,7 @@ from seodang.recipe import TeacherConfig
 from seodang.teacher.local import teacher_directory, teacher_source
 from seodang.teacher.named import teacher_config
 from tiny import CHATML, tiny_teacher, tiny_tokenizer
+from tiny_families import FAMILIES, save, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -376,3 +377,31 @@ def test_the_packaged_tokenizer_splits_every_digit_and_loses_nothing(packaged: P
     # llama.cpp's `smollm` pre-tokenizer isolates digits of every script before anything else.
     words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a①②12b")
     assert [span for _, span in words] == [(i, i + 1) for i in range(6)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_in_bfloat16_the_head_alone_stays_in_float32(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    # PyTorch's grouped products want rows of a multiple of 16 bytes.
+    experts = {"moe_intermediate_size": 24} if family == "axk1" else {}
+    model = tiny_model(family, tied=tied, initializer_range=0.1, **experts)
+    path = save(model, tmp_path / "teacher")
+    half, whole = CausalLM.load(path, precision="bfloat16"), CausalLM.load(path)
+    body = {weight.dtype for weight in half.body.parameters()}
+    assert body == {torch.bfloat16}
+    assert half.weight_bytes < 0.7 * whole.weight_bytes + half.head_VH.nbytes
+    ids = np.arange(3, 40, dtype=np.int32)
+    (hidden_TH,), (exact_TH,) = half.hidden_states([ids]), whole.hidden_states([ids])
+    with torch.inference_mode():
+        logits = half.logits(hidden_TH)
+        bias = 0 if half.bias_V is None else half.bias_V.double()
+        expected = hidden_TH.double() @ half.head_VH.double().T + bias
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-4)
+        through_model = half.model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+        torch.testing.assert_close(through_model, logits, rtol=0.05, atol=0.05)
+        p, q = whole.log_probs(exact_TH), half.log_probs(hidden_TH)
+    assert float((p.exp() * (p - q)).sum(1).median()) < 0.01  # nats; routing may turn at a few
+    assert half.generate([ids, ids[:5]], max_new_tokens=4).shape == (2, 4)

@@ -17,11 +17,12 @@ from seodang.corpus.tasks import read_requests, unseen_requests
 from seodang.errors import InputError
 from seodang.evaluation.structured import parsed, problem
 from seodang.evaluation.tasks import load_task
-from seodang.pipeline import run
-from seodang.recipe import TaskConfig, TeacherConfig
+from seodang.pipeline import labelling_teacher, run
+from seodang.recipe import TaskConfig, TeacherConfig, TeacherTuningConfig
 from seodang.recipe_file import load_recipe
 from seodang.release.provenance import training_data
 from seodang.softlabels.store import open as open_store
+from seodang.teacher import open_teacher
 from seodang.teacher_answers import answer_requests
 from seodang.training.log import LOG, read_rows
 from served import NAME, running, tiny_release
@@ -133,6 +134,19 @@ def test_answers_keep_to_their_task_and_the_others_are_counted(recipe: Path) -> 
     assert "not in the request" in counts
     again = answer_requests(teacher, folder / "teacher", tasks, 1.0, folder / "answers")
     assert again.digest == made.digest
+
+
+def test_in_bfloat16_answers_are_another_artifact(recipe: Path, tmp_path: Path) -> None:
+    routing = task(tmp_path, "choice", request_lines("choice", range(20, 23)))
+    exact, model = load_recipe(recipe).teacher, recipe.parent / "teacher"
+    half = exact.model_copy(update={"precision": "bfloat16"})
+    made = answer_requests(exact, model, [routing], 1.0, tmp_path / "out")
+    again = answer_requests(half, model, [routing], 1.0, tmp_path / "out")
+    assert again.manifest.config["precision"] == "bfloat16"
+    assert again.digest != made.digest
+    tuned = half.model_copy(update={"fine_tuning": TeacherTuningConfig()})
+    assert open_teacher(labelling_teacher(half, tmp_path)).precision == "bfloat16"
+    assert labelling_teacher(tuned, tmp_path).precision == "bfloat16"
 
 
 def test_stopped_it_asks_only_what_is_left_and_says_the_same(

@@ -27,6 +27,8 @@ from seodang.training.products import product, use_fast_products
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from seodang.recipe import Precision
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -100,9 +102,10 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 class CausalLM:
-    """A loaded model with its tokenizer, in evaluation mode and float32.
+    """A loaded model with its tokenizer, in evaluation mode.
 
-    ``body`` maps ids to last hidden states, ``head_VH`` and ``bias_V`` map those to logits.
+    ``body`` maps ids to last hidden states, ``head_VH`` and ``bias_V`` map those to logits. The
+    head is in float32; so is the body, unless it was loaded in bfloat16.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -112,8 +115,16 @@ class CausalLM:
         self.device = model.device
 
     @classmethod
-    def load(cls, directory: Path | str, device: torch.device | None = None) -> CausalLM:
+    def load(
+        cls,
+        directory: Path | str,
+        device: torch.device | None = None,
+        precision: Precision = "float32",
+    ) -> CausalLM:
         """Load a Hugging Face directory: safetensors only, no code from it, no network.
+
+        ``precision`` is the body's: in bfloat16 it takes half of the memory and, on processors that
+        multiply in it, of the time. Such a model is to be asked, not trained.
 
         Raises ``InputError`` if the directory is not a causal language model with weights and
         tokenizer, if the tokenizer knows ids that the model does not, or if the logits are not a
@@ -129,7 +140,7 @@ class CausalLM:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
-                dtype=torch.float32,
+                dtype=getattr(torch, precision),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -155,6 +166,8 @@ class CausalLM:
                 f"the first is {missing[0]}"
             )
         model = model.to(device or default_device()).eval()
+        if precision != "float32":
+            _keep_head_in_float32(model)
         use_latent_decoding(model)
         use_fast_products(model)
         use_grouped_experts(model)
@@ -266,7 +279,7 @@ class CausalLM:
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Logits (rows, vocabulary) of hidden states (rows, hidden)."""
-        return product(hidden_NH, self.head_VH, self.bias_V).float()
+        return product(hidden_NH.to(self.head_VH.dtype), self.head_VH, self.bias_V).float()
 
     def log_probs(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Log-probabilities in nats, (rows, vocabulary) float32."""
@@ -281,6 +294,17 @@ class CausalLM:
         with torch.inference_mode():
             hidden_BTH = self.body(ids, use_cache=False).last_hidden_state
         return [hidden_BTH[i, : len(s)] for i, s in enumerate(sequences)]
+
+
+def _keep_head_in_float32(model: Any) -> None:
+    """Give the model a head of its own, in float32, that takes hidden states of any precision.
+
+    Logits in bfloat16 are steps of an eighth where they are 16 to 32: too coarse for probabilities.
+    """
+    head = model.get_output_embeddings()
+    for name, weight in list(head.named_parameters(recurse=False)):
+        setattr(head, name, torch.nn.Parameter(weight.detach().float(), requires_grad=False))
+    head.register_forward_pre_hook(lambda _, given: tuple(x.float() for x in given))
 
 
 def _was_ctrl_c(error: BaseException | None) -> bool:

@@ -321,6 +321,9 @@ def capture(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory of the served model's tokenizer.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="In which a local teacher computes: float32 or bfloat16.")
+    ] = "float32",
     estimator: Annotated[
         str, typer.Option(help="head-tail, sampled, residual or top-k.")
     ] = "head-tail",
@@ -364,7 +367,7 @@ def capture(
     from seodang.teacher.named import named_teacher
 
     documents = list(read_jsonl(corpus))
-    chosen, source = named_teacher(teacher, model, tokenizer)
+    chosen, source = named_teacher(teacher, model, tokenizer, precision)
     sequences = tokenize_all(documents, chosen.tokenizer, max_length or sys.maxsize)
     artifact = capture_labels(chosen, sequences, config, out, sources=[source], ray=ray)
     show_store(artifact.path, as_json)

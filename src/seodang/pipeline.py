@@ -81,7 +81,9 @@ def labelling_teacher(config: TeacherConfig, out: Path) -> TeacherConfig:
     """The teacher that labels, as a directory: the one that was fine-tuned in ``out``, if any."""
     if config.fine_tuning is None:
         return own_teacher(config, out)
-    return TeacherConfig(path=str(out / TEACHER), license=config.license)
+    return TeacherConfig(
+        path=str(out / TEACHER), license=config.license, precision=config.precision
+    )
 
 
 def _run(recipe: Recipe, out: Path) -> RunResult:

@@ -26,6 +26,7 @@ Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"]
 BaselineName = Literal["untrained", "cross_entropy", "lexical", "search"]
 TaskKind = Literal["choice", "ranking", "json", "answer"]
 Language = Literal["ko", "en"]
+Precision = Literal["float32", "bfloat16"]
 TaskMetric = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z0-9@_]+$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 TASK_METRICS: dict[TaskKind, tuple[str, ...]] = {
@@ -167,7 +168,7 @@ class TrainingConfig(Section):
     decay: float = Field(0.2, gt=0, lt=1, description="share of the steps, of wsd")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32", description="of the products; weights and optimizer stay float32"
     )
     gradient_checkpointing: bool = Field(
@@ -200,6 +201,10 @@ class TeacherConfig(Origin):
         None, pattern="^https?://", description="address of a vLLM server's API, ends in /v1"
     )
     model: str | None = Field(None, description="the model's name on that server")
+    precision: Precision = Field(
+        "float32",
+        description="in which it labels and answers; its output head stays in float32",
+    )
     fine_tuning: TeacherTuningConfig | None = Field(
         None, description="on the corpus first (default: the teacher as it is)"
     )
@@ -214,6 +219,8 @@ class TeacherConfig(Origin):
             raise ValueError("`server` and `model` belong together")
         if self.server and self.fine_tuning:
             raise ValueError("a served teacher is not trained here: leave `fine_tuning` out")
+        if self.server and self.precision != "float32":
+            raise ValueError("a server computes as it was started: leave `precision` out")
         return self
 
 

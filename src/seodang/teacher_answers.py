@@ -83,6 +83,7 @@ def answer_requests(
         "decoding": "greedy",
         "near_duplicate": near_duplicate,
         "served": teacher.server is not None,
+        "precision": teacher.precision,
         "tasks": [task.model_dump(include={"name", "kind", "languages"}) for task in tasks],
     }
     draft = begin(out, KIND, used, inputs)
@@ -129,7 +130,7 @@ def _documents(answers: Artifact, tasks: Sequence[TaskConfig]) -> list[Document]
 def _asked(teacher: TeacherConfig, directory: Path) -> Respond:
     """What gives the responses to a task."""
     if teacher.server is None:
-        return partial(respond, CausalLM.load(directory))
+        return partial(respond, CausalLM.load(directory, precision=teacher.precision))
     from seodang.evaluation.harness import HarnessModel
 
     assert teacher.model is not None

@@ -173,6 +173,8 @@ def _begin(
         "sequences": sha256_bytes(digests.encode()),
     }
     used = {**header.model_dump(exclude={"teacher", "tokenizer"}), "seed": config.seed}
+    if isinstance(teacher, LocalTeacher):
+        used["precision"] = teacher.precision
     draft = begin(out, "soft-labels", used, inputs)
     if isinstance(draft, Artifact):
         _check_skipped(draft.manifest.summary.get("skipped", []), config)

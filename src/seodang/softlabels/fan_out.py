@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from seodang.corpus.sequences import TokenSequence
 from seodang.errors import InputError, SeodangError, WorkFailed
@@ -22,6 +22,7 @@ from seodang.softlabels.labelling import Advance
 from seodang.teacher.local import LocalTeacher
 
 if TYPE_CHECKING:
+    from seodang.recipe import Precision
     from seodang.softlabels.capture import Wanted
     from seodang.softlabels.labelling import Teacher
 
@@ -113,14 +114,14 @@ def _threads(ray: Any) -> int:
 
 def _address_of(teacher: Teacher) -> tuple[str, ...]:
     if isinstance(teacher, LocalTeacher):
-        return (str(teacher.directory.resolve()),)
+        return (str(teacher.directory.resolve()), teacher.precision)
     return (teacher.server, teacher.model, str(teacher.directory))
 
 
 @lru_cache(maxsize=1)
 def _teacher(where: tuple[str, ...]) -> Teacher:
-    if len(where) == 1:
-        return LocalTeacher(Path(where[0]))
+    if len(where) == 2:
+        return LocalTeacher(Path(where[0]), cast("Precision", where[1]))
     from seodang.teacher.served import ServedTeacher
 
     return ServedTeacher.connect(where[0], where[1], Path(where[2]))

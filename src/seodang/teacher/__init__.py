@@ -20,7 +20,7 @@ def open_teacher(config: TeacherConfig) -> LocalTeacher | ServedTeacher:
 
     directory = teacher_directory(config)
     if config.server is None:
-        return LocalTeacher(directory)
+        return LocalTeacher(directory, config.precision)
     from seodang.teacher.served import ServedTeacher
 
     assert config.model is not None

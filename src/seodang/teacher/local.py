@@ -18,7 +18,7 @@ from seodang.causal_lm import CausalLM, load_tokenizer, model_fingerprint, quiet
 from seodang.errors import InputError
 from seodang.packages import PackagePin, cache_directory, open_package
 from seodang.progress import say
-from seodang.recipe import TeacherConfig
+from seodang.recipe import Precision, TeacherConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,13 +31,14 @@ CONVERSION = 2  # raised when the same archive would give other files than befor
 class LocalTeacher:
     """A Hugging Face directory as a teacher; its weights are loaded when they are first needed."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, precision: Precision = "float32") -> None:
         self.directory = directory
+        self.precision: Precision = precision
 
     @cached_property
     def model(self) -> CausalLM:
         """The loaded model; raises ``InputError`` as :meth:`CausalLM.load` does."""
-        return CausalLM.load(self.directory)
+        return CausalLM.load(self.directory, precision=self.precision)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

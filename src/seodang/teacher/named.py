@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from seodang.artifact import Source
 from seodang.errors import InputError
 from seodang.packages import find_fetched
-from seodang.recipe import TeacherConfig
+from seodang.recipe import Precision, TeacherConfig
 from seodang.teacher import open_teacher
 from seodang.teacher.local import teacher_source
 
@@ -31,19 +31,24 @@ def teacher_config(name: str) -> TeacherConfig:
 
 
 def named_teacher(
-    name: str, model: str | None, tokenizer: Path | None
+    name: str, model: str | None, tokenizer: Path | None, precision: str = "float32"
 ) -> tuple[LocalTeacher | ServedTeacher, Source]:
     """The teacher, and how it appears among the sources of what is made from it.
 
     ``name`` is a directory, ``package:NAME``, or the address of a server, which runs ``model``
-    and whose tokenizer lies in ``tokenizer``. Raises ``InputError`` for a wrong combination.
+    and whose tokenizer lies in ``tokenizer``; ``precision`` is for the others. Raises
+    ``InputError`` for a wrong combination.
     """
+    if precision not in get_args(Precision):
+        raise InputError(f"--precision {precision}: choose one of {', '.join(get_args(Precision))}")
     if not name.startswith(("http://", "https://")):
         for option, value in (("--model", model), ("--tokenizer", tokenizer)):
             if value is not None:
                 raise InputError(f"{option} belongs to a server, and {name} is none")
-        config = teacher_config(name)
+        config = teacher_config(name).model_copy(update={"precision": precision})
         return open_teacher(config), teacher_source(config)
+    if precision != "float32":
+        raise InputError("--precision: a server computes as it was started; leave this out")
     if model is None:
         raise InputError(f"teacher {name}: name the model that this server runs with --model")
     from seodang.teacher.served import ServedTeacher
